@@ -1,0 +1,251 @@
+"""Time and memory of one training step, against the naive computation: two whole passes, all logits, log_softmax twice.
+
+    python benchmarks/step.py [--shape tinystories-1m|gpt2-small|gpt2-small-long|all] [--json FILE]
+
+Each measurement is a process of its own, since a process never gives its peak memory back: a model with random weights of
+the shape named, an SAE, Adam, and a few optimizer steps on random tokens. Time is the median step after two for warming up;
+memory the peak above the process with the model loaded, SAE, gradients and optimizer state included. The two sides take turns, so that whatever
+else the machine is doing disturbs both.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import LoggingConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner
+from sae_lens_e2e.plugins import make_objective
+from sae_lens_e2e.splice import frozen
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model, the SAE in it, and one step's batch."""
+
+    model: dict[str, Any]
+    hook_layer: int
+    ratio: int
+    n_prompts: int
+    n_pos: int
+
+    @property
+    def hook_name(self) -> str:
+        return f"blocks.{self.hook_layer}.hook_resid_pre"
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_prompts * self.n_pos
+
+
+TINYSTORIES: dict[str, Any] = {
+    "n_layers": 8,
+    "d_model": 64,
+    "n_heads": 16,
+    "d_head": 4,
+    "d_mlp": 256,
+    "n_ctx": 512,
+    "use_local_attn": True,
+    "attn_types": ["global", "local"] * 4,
+    "window_size": 256,
+    "use_attn_scale": False,
+}
+GPT2: dict[str, Any] = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "n_ctx": 1024}
+SHAPES = {
+    "tinystories-1m": Shape(TINYSTORIES, 4, 50, 4, 512),
+    "gpt2-small": Shape(GPT2, 6, 60, 1, 256),
+    "gpt2-small-long": Shape(GPT2, 6, 60, 1, 1024),
+}
+OBJECTIVES = ("e2e", "e2e_ds")
+SIDES = ("naive", "ours")
+L1, LR = 0.02, 1e-3
+
+
+def load_model(shape: Shape) -> HookedTransformer:
+    """The language model, weights drawn at random; the same in each process."""
+    common = {"d_vocab": 50257, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu", "seed": 0}
+    return HookedTransformer(HookedTransformerConfig(**common, **shape.model))
+
+
+def sae_config(shape: Shape) -> StandardTrainingSAEConfig:
+    d_in = shape.model["d_model"]
+    return StandardTrainingSAEConfig(d_in=d_in, d_sae=shape.ratio * d_in, l1_coefficient=L1)
+
+
+def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Callable[[Tensor], float]:
+    """A training step as the equations read, in plain PyTorch over TransformerLens."""
+    torch.manual_seed(0)
+    sae = StandardTrainingSAE(sae_config(shape))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
+    objective = make_objective(objective_name)
+    later = [f"blocks.{i}.hook_resid_pre" for i in range(shape.hook_layer + 1, shape.model["n_layers"])]
+    hooks = later if isinstance(objective, E2EDownstream) else []
+
+    def keep(store: dict[str, Tensor]) -> Callable[..., None]:
+        def hook_fn(activation: Tensor, hook: Any) -> None:
+            store[hook.name] = activation
+
+        return hook_fn
+
+    def step(tokens: Tensor) -> float:
+        clean: dict[str, Tensor] = {}
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(h, keep(clean)) for h in (shape.hook_name, *hooks)])
+        features = sae.encode(clean[shape.hook_name])
+        x_hat = sae.decode(features)
+        spliced: dict[str, Tensor] = {}
+        new_logits = model.run_with_hooks(
+            tokens, fwd_hooks=[(shape.hook_name, lambda _, hook: x_hat), *((h, keep(spliced)) for h in hooks)]
+        )
+        log_p, log_q = logits.log_softmax(-1), new_logits.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss = objective.kl_coefficient * kl + L1 * (features * sae.W_dec.norm(dim=1)).sum(-1).mean()
+        if isinstance(objective, E2EDownstream):
+            errors = [torch.nn.functional.mse_loss(spliced[h], clean[h]) for h in hooks]
+            loss = loss + objective.downstream_coefficient * torch.stack(errors).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def our_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Callable[[Tensor], float]:
+    """The same step, by the package."""
+    cfg = E2ERunnerConfig(
+        sae=sae_config(shape),
+        objective=objective_name,
+        hook_name=shape.hook_name,
+        context_size=shape.n_pos,
+        store_batch_size_prompts=shape.n_prompts,
+        train_batch_size_tokens=shape.n_tokens,
+        lr=LR,
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+    torch.manual_seed(0)
+    sae = StandardTrainingSAE(sae_config(shape))
+    dataset = Dataset.from_dict({"input_ids": [[0] * shape.n_pos]})
+    trainer = E2ETrainingRunner(cfg, dataset, model, sae)._make_trainer()
+    return lambda tokens: float(trainer.step(tokens).loss)
+
+
+def resident_gib() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**30
+
+
+class PeakMemory:
+    """The most resident memory seen while it is entered, sampled every two milliseconds."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak, self.running = resident_gib(), True
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, resident_gib())
+            time.sleep(0.002)
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        self.thread.join()
+
+
+def measure(shape_name: str, objective: str, side: str, n_steps: int) -> dict[str, Any]:
+    """One side of the comparison, in this process."""
+    shape = SHAPES[shape_name]
+    model = load_model(shape)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, 50257, (shape.n_prompts, shape.n_pos), generator=generator) for _ in range(n_steps + 2)]
+    loaded = resident_gib()
+    seconds, losses = [], []
+    with frozen(model), PeakMemory() as memory:
+        step = (naive_step if side == "naive" else our_step)(model, shape, objective)
+        for batch in batches:
+            start = time.perf_counter()
+            losses.append(step(batch))
+            seconds.append(time.perf_counter() - start)
+    return {
+        "shape": shape_name,
+        "objective": objective,
+        "side": side,
+        "seconds": statistics.median(seconds[2:]),
+        "peak_gib": memory.peak - loaded,
+        "first_loss": losses[0],
+    }
+
+
+def in_a_process(shape: str, objective: str, side: str, n_steps: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", shape, objective, side, "--steps", str(n_steps)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(shape: str, objective: str, n_steps: int) -> list[dict[str, Any]]:
+    """Both sides, taking turns twice; the better half of each, so that a disturbance does not decide."""
+    best: dict[str, dict[str, Any]] = {}
+    for _ in range(2):
+        for side in SIDES:
+            row = in_a_process(shape, objective, side, n_steps)
+            if side not in best or row["seconds"] < best[side]["seconds"]:
+                best[side] = row
+    naive, ours = best["naive"], best["ours"]
+    if abs(naive["first_loss"] - ours["first_loss"]) > 1e-4 * abs(naive["first_loss"]):
+        raise RuntimeError(f"the two sides compute different losses: {naive['first_loss']}, {ours['first_loss']}")
+    return [naive, ours]
+
+
+def report(naive: dict[str, Any], ours: dict[str, Any]) -> str:
+    tokens = SHAPES[ours["shape"]].n_tokens
+    return (
+        f"| {ours['shape']} | {ours['objective']} | {naive['seconds']:.2f} | {ours['seconds']:.2f} | "
+        f"{tokens / naive['seconds']:.0f} | {tokens / ours['seconds']:.0f} | {naive['seconds'] / ours['seconds']:.2f} | "
+        f"{naive['peak_gib']:.2f} | {ours['peak_gib']:.2f} | {ours['peak_gib'] / naive['peak_gib']:.0%} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a process")
+    parser.add_argument("--json", type=Path, help="where to write the measurements besides")
+    parser.add_argument("--one", nargs=3, metavar=("SHAPE", "OBJECTIVE", "SIDE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(*arguments.one, n_steps=arguments.steps)))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("| shape | objective | naive s | ours s | naive tokens/s | ours tokens/s | faster | naive GiB | ours GiB | memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for shape in SHAPES if arguments.shape == "all" else [arguments.shape]:
+        for objective in OBJECTIVES:
+            pair = compare(shape, objective, arguments.steps)
+            rows += pair
+            print(report(*pair), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"shapes": {k: asdict(v) for k, v in SHAPES.items()}, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""The objectives that come with the package, registered the way any plugin registers its own."""
+
+from sae_lens_e2e.hookspecs import Register, hookimpl
+from sae_lens_e2e.objectives import E2E, E2EDownstream, Local
+
+
+@hookimpl
+def register_objectives(register: Register) -> None:
+    """Register `local`, `e2e` and `e2e_ds`."""
+    for objective in (Local, E2E, E2EDownstream):
+        register(objective)

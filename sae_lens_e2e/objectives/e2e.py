@@ -1,0 +1,28 @@
+"""SAE_e2e: preserve the output of the language model."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
+
+
+@dataclass(frozen=True)
+class E2E(Objective):
+    """KL divergence from the language model's own logits to those with the SAE spliced in (Braun et al. 2024, section 2).
+
+    `mse_coefficient` weighs SAELens' reconstruction loss at the SAE's own hook; the paper has none.
+    """
+
+    name: ClassVar[str] = "e2e"
+
+    kl_coefficient: float = 1.0
+    mse_coefficient: float = 0.0
+
+    @override
+    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
+        return {
+            "kl": Term(batch.kl(), self.kl_coefficient),
+            "mse_loss": Term(batch.mse_loss, self.mse_coefficient),
+        }

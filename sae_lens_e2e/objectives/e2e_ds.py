@@ -1,0 +1,68 @@
+"""SAE_e2e+ds: preserve the output, and the activations on the way to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from typing_extensions import Self, override
+
+from sae_lens_e2e.losses import downstream_mse
+from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
+
+
+@dataclass(frozen=True)
+class E2EDownstream(Objective):
+    """KL divergence of the logits plus the reconstruction error at later layers (Braun et al. 2024, section 2).
+
+    The downstream term is the mean over `downstream_hooks` of the MSE at each; left at None they are every later block's
+    `hook_resid_pre`. The default coefficients are the paper's for GPT2-small, layers 2 and 6. `mse_coefficient` weighs
+    SAELens' reconstruction loss at the SAE's own hook; the paper has none.
+    """
+
+    name: ClassVar[str] = "e2e_ds"
+
+    kl_coefficient: float = 0.5
+    downstream_coefficient: float = 2.5
+    downstream_hooks: tuple[str, ...] | None = None
+    mse_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.downstream_hooks is None:
+            return
+        if isinstance(self.downstream_hooks, str):
+            raise ValueError(
+                f"{self.name}: downstream_hooks={self.downstream_hooks!r} must be a sequence of hook names"
+            )
+        hooks = tuple(self.downstream_hooks)
+        if not hooks or len(set(hooks)) < len(hooks):
+            raise ValueError(f"{self.name}: downstream_hooks={list(hooks)} must name at least one hook, and each once")
+        # Lists come from JSON; a frozen dataclass should be hashable all the same.
+        object.__setattr__(self, "downstream_hooks", hooks)
+
+    @property
+    @override
+    def hooks(self) -> tuple[str, ...]:
+        return self.downstream_hooks or ()
+
+    @override
+    def resolve(self, later_blocks: Sequence[str], hook_name: str) -> Self:
+        if self.downstream_hooks is not None:
+            return self
+        if not later_blocks:
+            raise ValueError(
+                f"{self.name}: no block comes after hook_name={hook_name!r}; move the SAE to an earlier layer, name "
+                "downstream_hooks yourself, or use objective='e2e'"
+            )
+        return replace(self, downstream_hooks=tuple(later_blocks))
+
+    @override
+    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
+        by_hook = downstream_mse(batch.spliced, batch.clean)
+        mean = torch.stack([mse.to(batch.mse_loss.device) for mse in by_hook.values()]).mean()
+        return {
+            "kl": Term(batch.kl(), self.kl_coefficient),
+            "downstream_mse": Term(mean, self.downstream_coefficient, parts=by_hook),
+            "mse_loss": Term(batch.mse_loss, self.mse_coefficient),
+        }

@@ -1,0 +1,22 @@
+"""The baseline: reconstruct the activation where the SAE sits."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
+
+
+@dataclass(frozen=True)
+class Local(Objective):
+    """SAELens' own objective: the MSE at the SAE's hook, summed over d_in, mean over tokens."""
+
+    name: ClassVar[str] = "local"
+    compares_logits: ClassVar[bool] = False
+
+    mse_coefficient: float = 1.0
+
+    @override
+    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
+        return {"mse_loss": Term(batch.mse_loss, self.mse_coefficient)}

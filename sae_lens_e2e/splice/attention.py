@@ -1,0 +1,102 @@
+"""TransformerLens attention through PyTorch's fused kernel, where nobody looks at its scores.
+
+TransformerLens writes out every (head, query, key) score and pattern so that they can be hooked. When no hook is on them
+that is most of a short-context model's time and memory. Its forward pass calls three methods between the projections; while
+`fused_attention` is in force they keep q and k aside and let `scaled_dot_product_attention` do the work.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.components.abstract_attention import AbstractAttention
+from transformer_lens.components.attention import Attention
+from transformer_lens.components.grouped_query_attention import GroupedQueryAttention
+
+SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")
+
+
+@contextmanager
+def fused_attention(model: HookedTransformer) -> Iterator[None]:
+    """Compute the same attention with the fused kernel in every layer that allows it, until the block is left."""
+    replaced = [_Fused(block.attn) for block in model.blocks if is_fusible(block.attn)]
+    for fused in replaced:
+        fused.install()
+    try:
+        yield
+    finally:
+        for fused in replaced:
+            fused.remove()
+
+
+def is_fusible(attention: AbstractAttention) -> bool:
+    """Whether scores and pattern are an ordinary causal softmax that nothing observes or alters."""
+    cfg = attention.cfg
+    ordinary = (
+        type(attention) in (Attention, GroupedQueryAttention)
+        and cfg.attention_dir == "causal"
+        and cfg.positional_embedding_type in ("standard", "rotary", "shortformer")
+        and not (cfg.attn_scores_soft_cap or 0) > 0
+        and not cfg.use_attention_sinks
+    )
+    return ordinary and not any(getattr(attention, hook).has_hooks() for hook in SCORE_HOOKS)
+
+
+class _Fused:
+    """Stands in for one attention layer's score, mask and pattern-times-value methods."""
+
+    METHODS = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
+
+    def __init__(self, attention: AbstractAttention):
+        self.attention = attention
+        self.causal_mask = attention.apply_causal_mask
+        self.q: Tensor
+        self.k: Tensor
+
+    def install(self) -> None:
+        for method in self.METHODS:
+            setattr(self.attention, method, getattr(self, method))
+
+    def remove(self) -> None:
+        for method in self.METHODS:
+            delattr(self.attention, method)
+
+    def calculate_attention_scores(self, q: Tensor, k: Tensor) -> Tensor:
+        self.q, self.k = q.transpose(1, 2), k.transpose(1, 2)
+        # What the caller masks and takes the softmax of, for nobody to use.
+        return q.new_zeros(1, 1, 1, 1)
+
+    def apply_causal_mask(
+        self,
+        attn_scores: Tensor,
+        past_kv_pos_offset: int = 0,  # noqa: ARG002
+        attention_mask: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        return attn_scores
+
+    def calculate_z_scores(self, v: Tensor, pattern: Tensor) -> Tensor:  # noqa: ARG002
+        q, k, v = self.q, self.k, v.transpose(1, 2)
+        del self.q, self.k
+        # Grouped-query attention: each key and value head serves several query heads.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if t.shape[1] < q.shape[1] else t for t in (k, v))
+        window = self._window(q)
+        z = F.scaled_dot_product_attention(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            window,
+            is_causal=window is None,
+            scale=1 / float(self.attention.attn_scale),
+        )
+        return self.attention.hook_z(z.transpose(1, 2).to(v.dtype))
+
+    def _window(self, q: Tensor) -> Tensor | None:
+        """0 where a local layer may look and -inf where not, (1, 1, query, key); None for plain causal attention."""
+        cfg = self.attention.cfg
+        n_pos = q.shape[2]
+        if self.attention.attn_type != "local" or n_pos <= (cfg.window_size or 0):
+            return None
+        return self.causal_mask(torch.zeros(1, 1, n_pos, n_pos, dtype=q.dtype, device=q.device))

@@ -1,0 +1,320 @@
+"""One optimizer step of end-to-end training, in the place of SAELens' own."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_e2e.objectives import Objective, SplicedBatch, Term
+from sae_lens_e2e.splice import CleanPass, Splice
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the SAE is as it was before that step."""
+
+
+class PromptBatches(Iterator[Tensor]):
+    """Whole prompts for one optimizer step at a time, (prompts, context_size), from SAELens' activation store."""
+
+    def __init__(self, store: ActivationsStore, prompts_per_step: int):
+        self.store = store
+        self.prompts_per_step = prompts_per_step
+        self.interrupted = False
+
+    def __next__(self) -> Int[Tensor, "prompts pos"]:
+        # Here, between two steps, nothing is half done: an interruption waits for it.
+        if self.interrupted:
+            raise InterruptedException
+        return self.store.get_batch_tokens(self.prompts_per_step)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the tokens of one optimizer step are worked through."""
+
+    prompts_per_forward: int
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    excluded_tokens: Int[Tensor, "n_excluded"] | None = None
+    max_grad_norm: float = 1.0
+    autocast_lm: bool = False
+
+    def trained_positions(self, tokens: Int[Tensor, "prompts pos"]) -> Bool[Tensor, "prompts pos"]:
+        """Which positions the SAE replaces and is trained on: inside the slice, and not an excluded token."""
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        mask[:, slice(*self.seqpos_slice)] = True
+        if self.excluded_tokens is not None:
+            mask &= ~torch.isin(tokens, self.excluded_tokens.to(tokens.device))
+        return mask
+
+
+@dataclass
+class StepOutput(TrainStepOutput):
+    """SAELens' record of a step: losses added up over its forward passes, activations of the last one.
+
+    `losses` holds the objective's terms before their coefficients, which are in `coefficients`, and the architecture's own
+    as SAELens has them; `parts` what the terms are made of. `firing` counts the tokens on which each feature fired.
+    """
+
+    coefficients: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    firing: Float[Tensor, "d_sae"] = field(default_factory=lambda: torch.empty(0))
+    n_tokens: int = 0
+
+    def plus(self, earlier: "StepOutput | None") -> "StepOutput":
+        """The two passes' losses and counts together, with this one's activations."""
+        if earlier is None:
+            return self
+        return replace(
+            self,
+            loss=self.loss + earlier.loss,
+            losses={name: value + earlier.losses[name] for name, value in self.losses.items()},
+            parts={name: value + earlier.parts[name] for name, value in self.parts.items()},
+            firing=self.firing + earlier.firing,
+            n_tokens=self.n_tokens + earlier.n_tokens,
+        )
+
+
+class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """SAELens' trainer with an objective in the place of reconstruction, taking tokens in the place of activations.
+
+    Raises `NonFiniteLossError` if a loss is NaN, before the optimizer sees it.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: T_TRAINING_SAE,
+        data_provider: PromptBatches,
+        splice: Splice,
+        objective: Objective,
+        plan: StepPlan,
+        evaluator: Evaluator[T_TRAINING_SAE] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+    ) -> None:
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        self.store = data_provider.store
+        self.splice = splice
+        self.objective = objective
+        self.plan = plan
+
+    @override
+    def fit(self) -> T_TRAINING_SAE:
+        self._estimate_activation_statistics()
+        return super().fit()
+
+    @override
+    def step(self, batch: Int[Tensor, "prompts pos"]) -> StepOutput:
+        """One optimizer step on whole prompts: the gradient of the mean over all its trained tokens, clipped once."""
+        mask = self.plan.trained_positions(batch)
+        n_tokens = int(mask.sum())
+        if n_tokens == 0:
+            raise ValueError("exclude_special_tokens leaves no token to train on in a whole batch; exclude fewer")
+        self.n_training_samples += self.cfg.train_batch_size_samples
+        self.sae.train()
+        size = self.plan.prompts_per_forward
+        output = None
+        for tokens, trained in zip(batch.split(size), mask.split(size), strict=True):
+            if n_trained := int(trained.sum()):
+                output = self.forward_backward(tokens, trained, n_trained / n_tokens).plus(output)
+        assert output is not None
+        self._count_firing(output)
+        self._update_parameters(output)
+        return output
+
+    def forward_backward(
+        self, tokens: Int[Tensor, "prompts pos"], mask: Bool[Tensor, "prompts pos"], share: float
+    ) -> StepOutput:
+        """Clean pass, SAE, spliced pass, loss and backward; `share` is this pass's part of the step's tokens."""
+        spliced_needed = self.objective.compares_logits or bool(self.objective.hooks)
+        with self._autocast_lm(tokens):
+            clean = self.splice.clean(tokens, stop_at_hook=not spliced_needed)
+        x = self.splice.read(clean.activation)[mask.to(clean.activation.device)]
+        with self.autocast_if_enabled:
+            output = self.sae.training_forward_pass(self._sae_input(x))
+        own_terms = _architecture_terms(self.sae, output)
+        batch = SplicedBatch(tokens[mask], output.losses["mse_loss"])
+        if spliced_needed:
+            batch = self._spliced_batch(batch, clean, output.sae_out, mask)
+        terms = self.objective.terms(batch)
+        loss = _weighted_sum(terms, own_terms)
+        (share * loss).backward()
+        return _record(output, terms, own_terms, loss, share)
+
+    def _sae_input(self, x: Float[Tensor, "tokens d_in"]) -> TrainStepInput:
+        # As SAELens' store does: activations of a low-precision model are trained on in float32.
+        x = x.to(self.sae.device, torch.promote_types(x.dtype, torch.float32))
+        return TrainStepInput(
+            sae_in=self.activation_scaler(x),
+            dead_neuron_mask=self.dead_neurons,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+
+    def _spliced_batch(
+        self,
+        batch: SplicedBatch,
+        clean: CleanPass,
+        sae_out: Float[Tensor, "tokens d_in"],
+        mask: Bool[Tensor, "prompts pos"],
+    ) -> SplicedBatch:
+        """Run on from the hook with the SAE's output at the trained positions and the model's own at the others."""
+        x = self.splice.read(clean.activation)
+        mask = mask.to(x.device)
+        x_hat = self.activation_scaler.unscale(sae_out).to(x.device, x.dtype)
+        x_hat = x_hat.reshape(x.shape) if bool(mask.all()) else x.clone().index_put((mask,), x_hat)
+        with self._autocast_lm(batch.tokens):
+            spliced = self.splice.spliced(clean, self.splice.write(clean.activation, x_hat))
+        assert clean.final is not None
+        return SplicedBatch(
+            batch.tokens,
+            batch.mse_loss,
+            {hook: clean.downstream[hook][mask] for hook in self.objective.hooks},
+            {hook: spliced.downstream[hook][mask] for hook in self.objective.hooks},
+            clean.final[mask] if self.objective.compares_logits else None,
+            spliced.final[mask] if self.objective.compares_logits else None,
+            self.splice.head,
+        )
+
+    @torch.no_grad()
+    def _count_firing(self, output: StepOutput) -> None:
+        """SAELens' running statistics: tokens fired on, and optimizer steps since a feature last fired."""
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[output.firing > 0] = 0
+        self.act_freq_scores += output.firing
+        self.n_frac_active_samples += output.n_tokens
+
+    def _update_parameters(self, output: StepOutput) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.plan.max_grad_norm)
+        output.metrics["grad_norm"] = norm.detach()
+        if not math.isfinite(float(output.loss) + float(norm)):
+            self.optimizer.zero_grad()
+            losses = ", ".join(f"{name} {float(value):.4g}" for name, value in output.losses.items())
+            raise NonFiniteLossError(
+                f"step {self.n_training_steps}: the loss is {float(output.loss)} (grad norm {float(norm):.4g}, {losses}); "
+                "the SAE was not updated. Resume from the last checkpoint with a lower lr or a longer lr_warm_up_steps"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+
+    def _autocast_lm(self, tokens: Tensor) -> torch.autocast:
+        return torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.plan.autocast_lm)
+
+    def _estimate_activation_statistics(self) -> None:
+        """Do what SAELens' `fit` does first, from the store's activations, where `fit` would be given tokens."""
+        normalize, scaler = self.sae.cfg.normalize_activations, self.activation_scaler
+        arguments: dict[str, Any] = {
+            "d_in": self.sae.cfg.d_in,
+            "data_provider": self.store,
+            "n_batches_for_norm_estimate": self.cfg.n_batches_for_norm_estimate,
+        }
+        if normalize == "expected_average_only_in" and scaler.scaling_factor is None:
+            scaler.estimate_scaling_factor(**arguments)
+        elif normalize == "covariance_whitening" and scaler.whitening is None:
+            scaler.estimate_whitening(**arguments)
+
+    @override
+    @torch.no_grad()
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        """SAELens' log of a step, with each objective coefficient, and L0 over all of the step's tokens."""
+        log = super().build_train_step_log_dict(output, n_training_samples)
+        if isinstance(output, StepOutput):
+            log["metrics/l0"] = (output.firing.sum() / output.n_tokens).item()
+            log |= {f"metrics/{name}": value.item() for name, value in output.parts.items()}
+            log |= {f"details/{name}_coefficient": value for name, value in output.coefficients.items()}
+        return log
+
+    @override
+    def save_checkpoint(
+        self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
+    ) -> None:
+        """As in SAELens, but written beside its name and moved there whole."""
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, None, wandb_aliases)
+            return
+        partial, final = Path(base) / f".{checkpoint_name}.partial", Path(base) / checkpoint_name
+        try:
+            super().save_checkpoint(partial.name, base, wandb_aliases)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """As in SAELens, without writing the checkpoints again that were passed before."""
+        super().load_trainer_state(checkpoint_path)
+        self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
+
+
+def _architecture_terms(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[str, Tensor]:
+    """The losses of the SAE's architecture other than reconstruction, coefficients included.
+
+    Raises TypeError for an architecture whose loss is not its reconstruction plus the losses it names.
+    """
+    terms = {name: loss for name, loss in output.losses.items() if name != "mse_loss"}
+    total = sum((loss.detach() for loss in output.losses.values()), torch.zeros_like(output.loss.detach()))
+    if "mse_loss" not in output.losses or not torch.allclose(total, output.loss.detach(), rtol=1e-3, equal_nan=True):
+        raise TypeError(
+            f"architecture {sae.cfg.architecture()!r} adds to its loss what it does not list in TrainStepOutput.losses, so "
+            "an objective cannot be put in the place of its reconstruction; have calculate_aux_loss return a dict"
+        )
+    return terms
+
+
+def _weighted_sum(terms: dict[str, Term], own_terms: dict[str, Tensor]) -> Tensor:
+    # A term of coefficient 0 is logged but not differentiated: 0 · inf is NaN, and its backward pass would be for nothing.
+    losses = [term.coefficient * term.value for term in terms.values() if term.coefficient] + list(own_terms.values())
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss.to(total.device)
+    return total
+
+
+def _record(
+    output: TrainStepOutput, terms: dict[str, Term], own_terms: dict[str, Tensor], loss: Tensor, share: float
+) -> StepOutput:
+    """One forward pass's part of the step: every loss and metric times its share of the tokens."""
+    values = {name: term.value for name, term in terms.items()} | own_terms
+    parts = {f"{name}/{part}": value for name, term in terms.items() for part, value in term.parts.items()}
+    return StepOutput(
+        sae_in=output.sae_in.detach(),
+        sae_out=output.sae_out.detach(),
+        feature_acts=output.feature_acts.detach(),
+        hidden_pre=output.hidden_pre.detach(),
+        loss=loss.detach() * share,
+        losses={name: value.detach() * share for name, value in values.items()},
+        metrics=output.metrics,
+        coefficients={name: term.coefficient for name, term in terms.items()},
+        parts={name: value.detach() * share for name, value in parts.items()},
+        firing=count_firing(output.feature_acts),
+        n_tokens=len(output.sae_in),
+    )
+
+
+@torch.no_grad()
+def count_firing(feature_acts: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, "d_sae"]:
+    """On how many tokens each feature fired, (d_sae,); takes the sparse activations of SAELens' TopK too."""
+    if not feature_acts.is_sparse:
+        return (feature_acts != 0).sum(0).float()
+    feature_acts = feature_acts.coalesce()
+    fired = feature_acts.indices()[1][feature_acts.values() != 0]
+    return torch.bincount(fired, minlength=feature_acts.shape[1]).float()
