@@ -107,7 +107,7 @@ def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> C
         x_hat = sae.decode(features)
         spliced: dict[str, Tensor] = {}
         new_logits = model.run_with_hooks(
-            tokens, fwd_hooks=[(shape.hook_name, lambda _, hook: x_hat), *((h, keep(spliced)) for h in hooks)]
+            tokens, fwd_hooks=[(shape.hook_name, lambda _, hook: x_hat), *((h, keep(spliced)) for h in hooks)]  # noqa: ARG005
         )
         log_p, log_q = logits.log_softmax(-1), new_logits.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -195,7 +195,7 @@ def measure(shape_name: str, objective: str, side: str, n_steps: int) -> dict[st
 
 def in_a_process(shape: str, objective: str, side: str, n_steps: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", shape, objective, side, "--steps", str(n_steps)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
     return json.loads(run.stdout.splitlines()[-1])

@@ -92,7 +92,8 @@ def linear_kl(
     return loss
 
 
-def _chunk_size(d_vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
+def chunk_size(d_vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
+    """How many tokens' logits fit the work buffers' budget in bytes; at least one."""
     budget = chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     return max(budget // (N_BUFFERS * d_vocab * dtype.itemsize), 1)
 
@@ -144,7 +145,7 @@ class _LinearKL(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         n_tokens, d_vocab = len(spliced), weight.shape[1]
-        chunk = min(_chunk_size(d_vocab, dtype, weight.device, chunk_bytes), max(n_tokens, 1))
+        chunk = min(chunk_size(d_vocab, dtype, weight.device, chunk_bytes), max(n_tokens, 1))
         difference, p_spliced, z_clean, p_clean = weight.new_empty((N_BUFFERS, chunk, d_vocab), dtype=dtype)
         token_weights = token_weights.to(dtype)
         grad = torch.empty_like(spliced, dtype=dtype) if ctx.needs_input_grad[0] else None
@@ -181,7 +182,7 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spliced: Tensor, clean: Tensor, token_weights: Tensor, head: LogitsHead) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        chunk = _chunk_size(head.d_vocab, torch.float32, spliced.device, None)
+        chunk = chunk_size(head.d_vocab, torch.float32, spliced.device)
         grads, kl = [], spliced.new_zeros((), dtype=torch.promote_types(spliced.dtype, torch.float32))
         for start in range(0, len(spliced), chunk):
             rows = slice(start, start + chunk)

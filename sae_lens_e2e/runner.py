@@ -35,7 +35,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
     The SAE's initial weights follow `cfg.seed`. Raises ValueError at construction for whatever does not fit the model.
     """
 
-    cfg: E2ERunnerConfig[Any]
+    cfg: E2ERunnerConfig[Any]  # pyright: ignore[reportIncompatibleVariableOverride]
     splice: Splice
     objective: Objective
 

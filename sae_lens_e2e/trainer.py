@@ -105,6 +105,10 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        if torch.device(cfg.device).type in ("cpu", "cuda"):
+            # The same Adam in one pass over its state, where SAELens' takes a dozen with temporaries in between.
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
         self.store = data_provider.store
         self.splice = splice
         self.objective = objective

@@ -66,6 +66,16 @@ class Splice(ABC):
     def later_blocks(self) -> list[str]:
         """The hooks at the input of each block after the SAE's own, in order."""
 
+    @property
+    @abstractmethod
+    def last_layer(self) -> str:
+        """The hook at the output of the last block."""
+
+    @property
+    def later_layers(self) -> list[str]:
+        """Every hook between two blocks after the SAE's own, and the output of the last block."""
+        return [hook for hook in (*self.later_blocks, self.last_layer) if hook != self.hook_name]
+
     @abstractmethod
     def clean(self, tokens: Int[Tensor, "batch pos"], stop_at_hook: bool = False) -> CleanPass:
         """Run the model as it is, without gradients; `stop_at_hook` runs no further than the SAE needs."""

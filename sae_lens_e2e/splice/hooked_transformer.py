@@ -17,7 +17,6 @@ from sae_lens_e2e.linear_kl import LinearHead
 from sae_lens_e2e.splice.attention import SCORE_HOOKS, fused_attention
 from sae_lens_e2e.splice.base import CleanPass, Splice, SplicedPass, unknown_hook
 
-
 _Hook = tuple[str | Callable[..., Any], Callable[..., Any]]
 
 
@@ -64,6 +63,11 @@ class HookedTransformerSplice(Splice):
     @override
     def later_blocks(self) -> list[str]:
         return [f"blocks.{layer}.hook_resid_pre" for layer in range(self.block + 1, self.model.cfg.n_layers)]
+
+    @property
+    @override
+    def last_layer(self) -> str:
+        return f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
 
     @override
     def clean(self, tokens: Int[Tensor, "batch pos"], stop_at_hook: bool = False) -> CleanPass:

@@ -62,12 +62,26 @@ class ModuleSplice(Splice):
     @override
     def later_blocks(self) -> list[str]:
         """The outputs of the blocks after the hook, but for the last block's, which enters no block."""
+        if self._place is None:
+            return []
+        blocks, layer, inside, n_layers = self._place
+        return [f"{blocks}.{i}" for i in range(layer + (not inside), n_layers - 1)]
+
+    @property
+    @override
+    def last_layer(self) -> str:
+        if self._place is None:
+            raise ValueError(f"hook_name={self.hook_name!r} is not in a block, so the last block is not known; name hooks")
+        blocks, _, _, n_layers = self._place
+        return f"{blocks}.{n_layers - 1}"
+
+    @property
+    def _place(self) -> tuple[str, int, bool, int] | None:
+        """The list of blocks that the hook is in, which of them, whether inside it, and how many there are."""
         match = re.match(r"(.*?)\.(\d+)(\..+)?$", self.hook_name)
         if match is None:
-            return []
-        blocks, layer, inside = match[1], int(match[2]), match[3] is not None
-        n_layers = len(list(self.modules[blocks].children()))
-        return [f"{blocks}.{i}" for i in range(layer + (not inside), n_layers - 1)]
+            return None
+        return match[1], int(match[2]), match[3] is not None, len(list(self.modules[match[1]].children()))
 
     @override
     def clean(self, tokens: Int[Tensor, "batch pos"], stop_at_hook: bool = False) -> CleanPass:

@@ -1,0 +1,251 @@
+"""Train one SAE on a small language model of stories, and show what it does to the model.
+
+    python examples/train_tinystories.py                                  # the embedded model, objective e2e_ds
+    python examples/train_tinystories.py --objective local --sparsity 0.5
+    python examples/train_tinystories.py --preset paper                   # TinyStories-1M with the paper's settings
+
+The model is `embedded`, a local folder (a TransformerLens one, or a Hugging Face one) or a name on the Hub; the dataset
+`embedded`, a jsonl file, a local folder or a name on the Hub, of texts or of token ids. The last tenth of its documents are
+kept for evaluation.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from safetensors.torch import load_file
+from sae_lens import SAE, LoggingConfig, StandardTrainingSAEConfig
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.HookedRootModule import HookedRootModule
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner, Objective, available_objectives, embedded
+from sae_lens_e2e.evaluation import Evaluation, evaluate
+from sae_lens_e2e.output import claim_output
+from sae_lens_e2e.plugins import make_objective
+
+EMBEDDED = "embedded"
+HELD_OUT = 0.1
+
+# Braun et al. (2024), TinyStories-1M: the coefficients of its losses, which it divides by d_in = 64 where SAELens does not.
+PAPER: dict[str, Any] = {
+    "model": "roneneldan/TinyStories-1M",
+    "dataset": "apollo-research/roneneldan-TinyStories-tokenizer-gpt2",
+    "hook": "blocks.4.hook_resid_pre",
+    "context": 512,
+    "batch": 20,
+    "d_sae": 50 * 64,
+    "lr": 1e-3,
+    "tokens": 250_000 * 512,
+}
+
+
+@dataclass
+class Settings:
+    """What one run needs to know; the command line fills it in."""
+
+    model: str = EMBEDDED
+    dataset: str = EMBEDDED
+    hook: str = embedded.HOOK_NAME
+    objective: str | Objective = "e2e_ds"
+    downstream_hooks: tuple[str, ...] | None = None
+    sparsity: float = 2 / 64
+    tokens: int = 600_000
+    d_sae: int = 1024
+    context: int = 128
+    batch: int = 8
+    lr: float = 2e-3
+    seed: int = 42
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    output: str = "output/e2e_ds"
+    wandb: bool = False
+
+
+def load_model(name: str, device: str) -> HookedRootModule:
+    """The embedded model, one in a local folder, or one from the Hub."""
+    folder = Path(name)
+    if name == EMBEDDED:
+        return embedded.load_model(device)
+    if (folder / "transformer_lens").is_dir():
+        return load_transformer_lens_folder(folder, device)
+    if folder.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+        return HookedProxyLM(model, AutoTokenizer.from_pretrained(folder))
+    return HookedTransformer.from_pretrained_no_processing(name, device=device, center_writing_weights=False)
+
+
+def load_transformer_lens_folder(folder: Path, device: str) -> HookedTransformer:
+    """`transformer_lens/{config.json,model.safetensors}` with a tokenizer in `huggingface/`; the unembedding may be tied."""
+    config = json.loads((folder / "transformer_lens" / "config.json").read_text())
+    model = HookedTransformer(
+        HookedTransformerConfig(**config, device=device, init_weights=False),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "huggingface"),
+    )
+    weights = load_file(folder / "transformer_lens" / "model.safetensors")
+    weights.setdefault("unembed.W_U", weights["embed.W_E"].T.contiguous())
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    parameters = {name for name, _ in model.named_parameters()} - {"unembed.b_U"}
+    if absent := sorted(parameters.intersection(missing)):
+        raise ValueError(f"{folder}/transformer_lens/model.safetensors has no {absent[0]}")
+    return model
+
+
+def load_documents(name: str) -> tuple[Dataset | IterableDataset, Dataset]:
+    """The documents to train on, and those kept for evaluation: the last tenth."""
+    path = Path(name)
+    if name == EMBEDDED:
+        return embedded.load_dataset("train"), embedded.load_dataset("held_out")
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        documents = load_from_disk(str(path))
+    elif path.is_dir():
+        files = [str(file) for file in sorted(path.iterdir()) if file.suffix in (".parquet", ".jsonl", ".json")]
+        documents = load_dataset(Path(files[0]).suffix[1:].replace("jsonl", "json"), data_files=files, split="train")
+    elif path.is_file():
+        documents = load_dataset("json", data_files=name, split="train")
+    else:
+        # On the Hub datasets are large: what trains is streamed, and what evaluates is taken from its start.
+        stream = load_dataset(name, split="train", streaming=True)
+        return stream.skip(500), Dataset.from_list(list(stream.take(500)))
+    n_train = round(len(documents) * (1 - HELD_OUT))
+    return documents.select(range(n_train)), documents.select(range(n_train, len(documents)))
+
+
+def tokenised(documents: Dataset | IterableDataset, model: HookedRootModule, context: int) -> Dataset | IterableDataset:
+    """Rows of `context` token ids, BOS first, packed the way SAELens packs them; token ids are passed through."""
+    first: dict[str, Any] = next(iter(documents))
+    if "input_ids" in first or "tokens" in first or isinstance(documents, IterableDataset):
+        return documents
+    if "text" not in first:
+        raise ValueError(f"the dataset has no column of tokens (input_ids, tokens) or text; it has {', '.join(first)}")
+    tokenizer: Any = model.tokenizer
+    texts: Iterable[str] = documents["text"]
+    rows = concat_and_batch_sequences(
+        (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts),
+        context_size=context,
+        begin_batch_token_id=tokenizer.bos_token_id,
+        sequence_separator_token_id=tokenizer.bos_token_id,
+    )
+    return Dataset.from_dict({"input_ids": [row.tolist() for row in rows]})
+
+
+def objective_of(settings: Settings) -> Objective:
+    """The objective by name, with the downstream hooks if any were given."""
+    if settings.downstream_hooks and settings.objective == E2EDownstream.name:
+        return E2EDownstream(downstream_hooks=settings.downstream_hooks)
+    return make_objective(settings.objective)
+
+
+def train(settings: Settings, model: HookedRootModule, prompts: Dataset | IterableDataset) -> None:
+    """Train one SAE and save it to `settings.output`."""
+    step = settings.batch * settings.context
+    n_steps = settings.tokens // step
+    cfg = E2ERunnerConfig(
+        sae=StandardTrainingSAEConfig(
+            d_in=model_width(model),
+            d_sae=settings.d_sae,
+            l1_coefficient=settings.sparsity,
+            l1_warm_up_steps=n_steps // 20,
+            apply_b_dec_to_input=False,
+        ),
+        objective=objective_of(settings),
+        model_name=settings.model,
+        model_class_name="AutoModelForCausalLM" if isinstance(model, HookedProxyLM) else "HookedTransformer",
+        hook_name=settings.hook,
+        dataset_path=settings.dataset,
+        context_size=settings.context,
+        store_batch_size_prompts=settings.batch,
+        train_batch_size_tokens=step,
+        training_tokens=n_steps * step,
+        lr=settings.lr,
+        lr_scheduler_name="cosineannealing",
+        lr_warm_up_steps=n_steps // 20,
+        seed=settings.seed,
+        device=settings.device,
+        logger=LoggingConfig(log_to_wandb=settings.wandb, wandb_project="sae-lens-e2e", eval_every_n_wandb_logs=10),
+        checkpoint_path=None,
+        output_path=settings.output,
+        verbose=False,
+    )
+    E2ETrainingRunner(cfg, override_dataset=prompts, override_model=model).run()
+
+
+def model_width(model: HookedRootModule) -> int:
+    """d_model."""
+    return model.model.config.hidden_size if isinstance(model, HookedProxyLM) else model.cfg.d_model
+
+
+def train_and_evaluate(settings: Settings, model: HookedRootModule, documents: Any, held_out: Any) -> Evaluation:
+    """Train one SAE, save it, and evaluate what was saved as anyone would load it."""
+    train(settings, model, tokenised(documents, model, settings.context))
+    sae = SAE.load_from_disk(settings.output, device=settings.device)
+    return evaluate(sae, model, tokenised(held_out, model, settings.context))
+
+
+def table(results: dict[str, Evaluation]) -> str:
+    """A column for each SAE, a row for each figure."""
+    rows: list[tuple[str, list[str]]] = [
+        ("CE loss without the SAE (nats)", [f"{r.ce_loss_without_sae:.3f}" for r in results.values()]),
+        ("CE loss with the SAE (nats)", [f"{r.ce_loss_with_sae:.3f}" for r in results.values()]),
+        ("CE loss increase (nats)", [f"{r.ce_loss_increase:+.3f}" for r in results.values()]),
+        ("KL divergence (nats)", [f"{r.kl:.3f}" for r in results.values()]),
+        ("L0", [f"{r.l0:.1f}" for r in results.values()]),
+        ("alive features", [f"{r.n_alive} of {r.d_sae}" for r in results.values()]),
+        ("tokens evaluated", [f"{r.n_tokens:,}" for r in results.values()]),
+    ]
+    hooks = next(iter(results.values())).downstream_mse
+    rows += [(f"MSE at {hook}", [f"{r.downstream_mse[hook]:.4f}" for r in results.values()]) for hook in hooks]
+    cells = [["", *results], *([name, *values] for name, values in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]])
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
+    """Settings from the command line, and whether an existing output may be replaced."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Settings()
+    parser.add_argument("--preset", choices=["paper"], help="the paper's model, dataset and settings for TinyStories-1M")
+    parser.add_argument("--model", help=f"'embedded', a folder, or a name on the Hub (default: {default.model})")
+    parser.add_argument("--dataset", help=f"'embedded', a jsonl file, a folder, or a name on the Hub (default: {default.dataset})")
+    parser.add_argument("--hook", help=f"where the SAE goes (default: {default.hook})")
+    parser.add_argument("--objective", choices=sorted(available_objectives()), help="(default: e2e_ds)")
+    parser.add_argument("--downstream-hooks", nargs="+", help="for e2e_ds (default: the input of every later block)")
+    parser.add_argument("--sparsity", type=float, help=f"l1_coefficient (default: {default.sparsity})")
+    parser.add_argument("--tokens", type=int, help=f"to train on (default: {default.tokens})")
+    parser.add_argument("--d-sae", type=int, help=f"features (default: {default.d_sae})")
+    parser.add_argument("--context", type=int, help=f"tokens a prompt (default: {default.context})")
+    parser.add_argument("--batch", type=int, help=f"prompts an optimizer step (default: {default.batch})")
+    parser.add_argument("--lr", type=float, help=f"learning rate (default: {default.lr})")
+    parser.add_argument("--seed", type=int, help=f"(default: {default.seed})")
+    parser.add_argument("--device", help=f"(default: {default.device})")
+    parser.add_argument("--output", help="folder to save to (default: output/OBJECTIVE)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not one of ours")
+    parser.add_argument("--wandb", action="store_true", default=None, help="log to Weights & Biases")
+    parsed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    overwrite = parsed.pop("overwrite")
+    chosen: dict[str, Any] = (PAPER if parsed.pop("preset", None) else {}) | parsed
+    chosen.setdefault("output", f"output/{chosen.get('objective', default.objective)}")
+    if "downstream_hooks" in chosen:
+        chosen["downstream_hooks"] = tuple(chosen["downstream_hooks"])
+    return Settings(**chosen), overwrite
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings, overwrite = parse(arguments)
+    claim_output(settings.output, overwrite)
+    model = load_model(settings.model, settings.device)
+    documents, held_out = load_documents(settings.dataset)
+    result = train_and_evaluate(settings, model, documents, held_out)
+    print(table({objective_of(settings).name: result}))
+    print(f"saved to {settings.output}; load it with sae_lens.SAE.load_from_disk({settings.output!r})")
+
+
+if __name__ == "__main__":
+    main()

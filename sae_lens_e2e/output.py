@@ -1,0 +1,39 @@
+"""Folders to write to: refused early if they cannot be written, or are somebody else's."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from sae_lens.constants import RUNNER_CFG_FILENAME
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the folder if it is not there. Raises OSError, naming it, if nothing can be written in it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to output folder {str(path)!r}: {error.strerror or error}") from error
+
+
+def claim_output(path: str | Path, overwrite: bool = False) -> None:
+    """Check that a folder may be written to: it is new, empty, from an earlier run of ours, or to be overwritten.
+
+    Raises FileExistsError for anything else that exists, OSError if it cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and not overwrite and not _is_free(folder) and not _is_ours(folder):
+        raise FileExistsError(f"output {str(path)!r} exists and is not one of our runs; choose another, or pass --overwrite")
+    check_writable(folder)
+
+
+def _is_free(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return "objective" in json.loads((folder / RUNNER_CFG_FILENAME).read_text())
+    except (OSError, ValueError):
+        return False
