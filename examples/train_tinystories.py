@@ -62,6 +62,8 @@ class Settings:
     context: int = 128
     batch: int = 8
     lr: float = 2e-3
+    decoder_init_norm: float = 0.1
+    b_dec: bool = False
     seed: int = 42
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     output: str = "output/e2e_ds"
@@ -152,7 +154,8 @@ def train(settings: Settings, model: HookedRootModule, prompts: Dataset | Iterab
             d_sae=settings.d_sae,
             l1_coefficient=settings.sparsity,
             l1_warm_up_steps=n_steps // 20,
-            apply_b_dec_to_input=False,
+            apply_b_dec_to_input=settings.b_dec,
+            decoder_init_norm=settings.decoder_init_norm,
         ),
         objective=objective_of(settings),
         model_name=settings.model,

@@ -71,6 +71,8 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
                 f"context_size={self.cfg.context_size} is longer than the model's, {n_ctx}; set it to {n_ctx} or less"
             )
         device = next(self.model.parameters()).device
+        if not self.activations_store.is_dataset_tokenized and getattr(self.model, "tokenizer", None) is None:
+            raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
         self.splice.probe(torch.arange(min(4, self.cfg.context_size), device=device)[None], self.sae.cfg.d_in)
 
     @override
@@ -125,7 +127,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
         with _interrupting(trainer.data_provider):
             try:
                 return trainer.fit()
-            except (KeyboardInterrupt, InterruptedException):
+            except InterruptedException:
                 if self.cfg.checkpoint_path is not None:
                     trainer.save_checkpoint(str(trainer.n_training_samples))
                     logger.warning(

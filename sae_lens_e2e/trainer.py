@@ -128,14 +128,17 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             raise ValueError("exclude_special_tokens leaves no token to train on in a whole batch; exclude fewer")
         self.n_training_samples += self.cfg.train_batch_size_samples
         self.sae.train()
+        # A threshold such as BatchTopK's moves in the forward pass, before it is known whether the step will stand.
+        buffers = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
         size = self.plan.prompts_per_forward
         output = None
         for tokens, trained in zip(batch.split(size), mask.split(size), strict=True):
             if n_trained := int(trained.sum()):
                 output = self.forward_backward(tokens, trained, n_trained / n_tokens).plus(output)
         assert output is not None
+        self._clip_and_check(output, buffers)
         self._count_firing(output)
-        self._update_parameters(output)
+        self._update_parameters()
         return output
 
     def forward_backward(
@@ -201,16 +204,21 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.act_freq_scores += output.firing
         self.n_frac_active_samples += output.n_tokens
 
-    def _update_parameters(self, output: StepOutput) -> None:
+    def _clip_and_check(self, output: StepOutput, buffers: dict[str, Tensor]) -> None:
+        """Clip the step's gradient; if it or the loss is not finite, put back what has changed and raise."""
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.plan.max_grad_norm)
         output.metrics["grad_norm"] = norm.detach()
         if not math.isfinite(float(output.loss) + float(norm)):
             self.optimizer.zero_grad()
+            self.sae.load_state_dict(buffers, strict=False)
+            self.n_training_samples -= self.cfg.train_batch_size_samples
             losses = ", ".join(f"{name} {float(value):.4g}" for name, value in output.losses.items())
             raise NonFiniteLossError(
                 f"step {self.n_training_steps}: the loss is {float(output.loss)} (grad norm {float(norm):.4g}, {losses}); "
                 "the SAE was not updated. Resume from the last checkpoint with a lower lr or a longer lr_warm_up_steps"
             )
+
+    def _update_parameters(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -275,8 +283,9 @@ def _architecture_terms(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[
     Raises TypeError for an architecture whose loss is not its reconstruction plus the losses it names.
     """
     terms = {name: loss for name, loss in output.losses.items() if name != "mse_loss"}
+    rounding = 8 * torch.finfo(output.loss.dtype).eps
     total = sum((loss.detach() for loss in output.losses.values()), torch.zeros_like(output.loss.detach()))
-    if "mse_loss" not in output.losses or not torch.allclose(total, output.loss.detach(), rtol=1e-3, equal_nan=True):
+    if "mse_loss" not in output.losses or not torch.allclose(total, output.loss.detach(), rtol=rounding, equal_nan=True):
         raise TypeError(
             f"architecture {sae.cfg.architecture()!r} adds to its loss what it does not list in TrainStepOutput.losses, so "
             "an objective cannot be put in the place of its reconstruction; have calculate_aux_loss return a dict"

@@ -282,7 +282,7 @@ def test_padding_on_the_left_is_masked_as_the_model_does() -> None:
     expected = model.run_with_hooks(tokens, fwd_hooks=[replacing("blocks.1.hook_resid_pre", replaced)])
     close(head_logits(splice, spliced.final), expected)
     model.tokenizer.padding_side = "right"
-    assert not torch.allclose(cast(Tensor, model(tokens)), logits)  # padding on the left did matter
+    assert not torch.allclose(model(tokens), cast(Tensor, logits))  # padding on the left did matter
 
 
 def test_hooks_of_the_users_own_stay_and_ours_do_not() -> None:

@@ -423,7 +423,7 @@ class HidingSAE(StandardTrainingSAE):
         return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)["l1_loss"]
 
 
-@pytest.mark.parametrize("l1_coefficient", [1.0, 1e-4], ids=["large", "small beside the reconstruction"])
+@pytest.mark.parametrize("l1_coefficient", [1.0, 0.01], ids=["large", "small beside the reconstruction"])
 @pytest.mark.parametrize("objective", ["local", "e2e"])
 def test_an_architecture_that_hides_a_term_is_refused_by_name(objective: str, l1_coefficient: float) -> None:
     cfg = runner_config(

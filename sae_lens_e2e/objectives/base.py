@@ -86,7 +86,7 @@ class Objective(ABC):
     def resolve(self, later_blocks: Sequence[str], hook_name: str) -> Self:  # noqa: ARG002
         """The objective with whatever it leaves to the model made explicit.
 
-        `later_blocks` are the hooks at the input of every block after the SAE's `hook_name`, in order; there may be none.
+        `later_blocks` are the hooks between blocks after the SAE's `hook_name`, in order; there may be none.
         """
         return self
 

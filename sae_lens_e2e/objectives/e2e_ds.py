@@ -16,7 +16,7 @@ class E2EDownstream(Objective):
     """KL divergence of the logits plus the reconstruction error at later layers (Braun et al. 2024, section 2).
 
     The downstream term is the mean over `downstream_hooks` of the MSE at each; left at None they are every later block's
-    `hook_resid_pre`. The default coefficients are the paper's for GPT2-small, layers 2 and 6. `mse_coefficient` weighs
+    `hook_resid_pre` (but not one that is the SAE's own activation). The default coefficients are the paper's for GPT2-small, layers 2 and 6. `mse_coefficient` weighs
     SAELens' reconstruction loss at the SAE's own hook; the paper has none.
     """
 

@@ -64,7 +64,7 @@ class Splice(ABC):
     @property
     @abstractmethod
     def later_blocks(self) -> list[str]:
-        """The hooks at the input of each block after the SAE's own, in order."""
+        """The hooks at the input of each later block, in order; not the one that is the SAE's own activation."""
 
     @property
     @abstractmethod

@@ -46,7 +46,7 @@ class HookedTransformerSplice(Splice):
             if hook not in model.hook_dict:
                 raise unknown_hook(field, hook, list(model.hook_dict))
         self.model_kwargs = dict(model_kwargs or {})
-        self.block, self.layer, self.enters_layer = _place(hook_name, model.cfg.n_layers)
+        self.layer, self.enters_layer = _place(hook_name, model.cfg.n_layers)
         bias = model.unembed.b_U
         self.head = LinearHead(
             model.unembed.W_U.detach(),
@@ -62,7 +62,7 @@ class HookedTransformerSplice(Splice):
     @property
     @override
     def later_blocks(self) -> list[str]:
-        return [f"blocks.{layer}.hook_resid_pre" for layer in range(self.block + 1, self.model.cfg.n_layers)]
+        return [f"blocks.{layer}.hook_resid_pre" for layer in range(self.layer + 1, self.model.cfg.n_layers)]
 
     @property
     @override
@@ -116,10 +116,10 @@ class HookedTransformerSplice(Splice):
             yield
 
 
-def _place(hook_name: str, n_layers: int) -> tuple[int, int, bool]:
-    """The hook's block, the block to resume at, and whether the hook is the residual stream that enters the latter."""
+def _place(hook_name: str, n_layers: int) -> tuple[int, bool]:
+    """The block to resume at, and whether the hook is the residual stream that enters it."""
     if hook_name.startswith("ln_final."):
-        return n_layers, n_layers, False
+        return n_layers, False
     block = extract_layer_from_tlens_hook_name(hook_name)
     if block is None:
         raise ValueError(
@@ -127,8 +127,8 @@ def _place(hook_name: str, n_layers: int) -> tuple[int, int, bool]:
             f"blocks.{n_layers // 2}.hook_resid_pre"
         )
     if hook_name.endswith(".hook_resid_post"):
-        return block, block + 1, True
-    return block, block, hook_name == f"blocks.{block}.hook_resid_pre"
+        return block + 1, True
+    return block, hook_name == f"blocks.{block}.hook_resid_pre"
 
 
 def _capture(cache: dict[str, Tensor], name: str) -> Callable[..., None]:

@@ -1,0 +1,170 @@
+"""The command line: `sae-lens-e2e train` and `sae-lens-e2e objectives`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import simple_parsing
+import yaml
+from docstring_parser import parse as parse_docstring
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_e2e import __version__
+from sae_lens_e2e.config import E2ERunnerConfig
+from sae_lens_e2e.output import claim_output
+from sae_lens_e2e.plugins import available_objectives
+from sae_lens_e2e.runner import E2ETrainingRunner
+
+# Fields that both the run and the SAE have; simple_parsing tells the SAE's apart by this prefix.
+_SHARED_WITH_SAE = ("device", "dtype")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 2 after a one-line message for whatever the user can put right."""
+    commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
+        "train": (train, "train an SAE; every field of E2ERunnerConfig is a flag"),
+        "objectives": (objectives, "list the objectives that are installed, and where each is from"),
+    }
+    parser = argparse.ArgumentParser(
+        prog="sae-lens-e2e",
+        description="Train sparse autoencoders end to end with SAELens.",
+        epilog="commands:\n" + "\n".join(f"  {name:<12} {help_text}" for name, (_, help_text) in commands.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=commands, metavar="command", help="see below; each takes --help")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(argv)
+    try:
+        commands[parsed.command][0](parsed.arguments)
+    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
+        print(f"sae-lens-e2e {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(arguments: list[str]) -> None:
+    """Train one SAE, as the flags and an optional config file say."""
+    cfg, overwrite = parse_train(arguments or ["--help"])
+    if cfg.output_path is not None:
+        claim_output(cfg.output_path, overwrite)
+    E2ETrainingRunner(cfg).run()
+
+
+def objectives(arguments: list[str]) -> None:
+    """Print each objective, the package it is from, and its settings."""
+    argparse.ArgumentParser(
+        prog="sae-lens-e2e objectives", description="List the objectives that are installed, and where each is from."
+    ).parse_args(arguments)
+    for name, found in sorted(available_objectives().items()):
+        settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found.objective))
+        summary = (found.objective.__doc__ or "").strip().splitlines()[0]
+        print(f"{name}  (from {found.origin})\n    {summary}\n    {settings}")
+
+
+def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any], bool]:
+    """The config that the flags of `train` mean, and whether a folder that is not ours may be overwritten.
+
+    A file given with --config supplies flags of its own, which those on the command line override.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    from_file, flags = files.parse_known_args(arguments)
+    if from_file.config is not None:
+        flags = [*config_file_flags(from_file.config), *flags]
+
+    parser = _Parser(prog="sae-lens-e2e train", description="Train an SAE with an end-to-end objective.")
+    parser.add_argument("--config", metavar="FILE", help="take settings from a YAML or JSON file; flags override it")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write to output_path even if what is there is not one of our runs"
+    )
+    parser.add_arguments(_command_line_config(), dest="cfg")
+    parsed = parser.parse_args(flags)
+    return parsed.cfg, parsed.overwrite
+
+
+def config_file_flags(path: Path) -> list[str]:
+    """The settings in a YAML or JSON file as command-line flags, the SAE's and the logger's among the others.
+
+    Takes what `E2ERunnerConfig.to_dict` writes, so a run's own runner_cfg.json repeats it. Raises ValueError for a file
+    that is no mapping of settings, FileNotFoundError if there is none.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config: there is no file {str(path)!r}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {str(path)!r} is neither YAML nor JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config: {str(path)!r} is not a mapping of settings to values")
+    sae, logger = settings.pop("sae", {}), settings.pop("logger", {})
+    # Recorded by SAELens for the reader, and taken by no flag.
+    sae.pop("metadata", None)
+    sae = {f"sae.{name}" if name in _SHARED_WITH_SAE else name: value for name, value in sae.items()}
+    return [part for name, value in (settings | sae | logger).items() for part in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is None:
+        return [f"--{name}"]
+    if isinstance(value, dict):
+        return [f"--{name}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{name}", *(str(item) for item in value)]
+    return [f"--{name}", str(value)]
+
+
+def _command_line_config() -> type[E2ERunnerConfig[Any]]:
+    """E2ERunnerConfig with --architecture choosing the SAE's flags, and SAELens' documentation as their help."""
+    architectures = {
+        name: partial(config, d_in=512, d_sae=1024) for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()
+    }
+    documented = {
+        parameter.arg_name: parameter.description
+        for config in (LanguageModelSAERunnerConfig, E2ERunnerConfig)
+        for parameter in parse_docstring(config.__doc__ or "").params
+    }
+    new_fields: list[tuple[str, Any, Any]] = [
+        (
+            "sae",
+            TrainingSAEConfig,
+            simple_parsing.subgroups(architectures, default="standard", alias="--architecture"),
+        )
+    ]
+    for f in dataclasses.fields(E2ERunnerConfig):
+        if f.name in ("sae", "objective") or f.name not in documented:
+            continue
+        kept: dict[str, Any] = {"metadata": {**f.metadata, "help": documented[f.name]}}
+        if f.default is not dataclasses.MISSING:
+            kept["default"] = f.default
+        else:
+            kept["default_factory"] = f.default_factory
+        new_fields.append((f.name, f.type, dataclasses.field(**kept)))
+    objective_help = f"{documented['objective']} As JSON: '{{\"name\": \"e2e\", \"kl_coefficient\": 2}}'."
+    objective = simple_parsing.field(default="e2e_ds", type=_objective, metavar="name|json", help=objective_help)
+    new_fields.append(("objective", str, objective))
+    config = dataclasses.make_dataclass("CommandLineConfig", new_fields, bases=(E2ERunnerConfig,))
+    config.__doc__ = "The run. Flags of the SAE itself depend on its architecture: add --architecture NAME to see them."
+    return config
+
+
+def _objective(text: str) -> Any:
+    return json.loads(text) if text.lstrip().startswith("{") else text
+
+
+class _Parser(simple_parsing.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print the usage of a hundred flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
