@@ -89,7 +89,7 @@ def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> C
     torch.manual_seed(0)
     sae = StandardTrainingSAE(sae_config(shape))
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
-    objective = make_objective(objective_name)
+    objective: Any = make_objective(objective_name)
     later = [f"blocks.{i}.hook_resid_pre" for i in range(shape.hook_layer + 1, shape.model["n_layers"])]
     hooks = later if isinstance(objective, E2EDownstream) else []
 
@@ -107,7 +107,8 @@ def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> C
         x_hat = sae.decode(features)
         spliced: dict[str, Tensor] = {}
         new_logits = model.run_with_hooks(
-            tokens, fwd_hooks=[(shape.hook_name, lambda _, hook: x_hat), *((h, keep(spliced)) for h in hooks)]  # noqa: ARG005
+            tokens,
+            fwd_hooks=[(shape.hook_name, lambda _, hook: x_hat), *((h, keep(spliced)) for h in hooks)],  # noqa: ARG005
         )
         log_p, log_q = logits.log_softmax(-1), new_logits.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -235,7 +236,9 @@ def main() -> None:
         print(json.dumps(measure(*arguments.one, n_steps=arguments.steps)))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| shape | objective | naive s | ours s | naive tokens/s | ours tokens/s | faster | naive GiB | ours GiB | memory |")
+    print(
+        "| shape | objective | naive s | ours s | naive tokens/s | ours tokens/s | faster | naive GiB | ours GiB | memory |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for shape in SHAPES if arguments.shape == "all" else [arguments.shape]:
@@ -244,7 +247,9 @@ def main() -> None:
             rows += pair
             print(report(*pair), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"shapes": {k: asdict(v) for k, v in SHAPES.items()}, "rows": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"shapes": {k: asdict(v) for k, v in SHAPES.items()}, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

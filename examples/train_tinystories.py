@@ -11,6 +11,7 @@ kept for evaluation.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from safetensors.torch import load_file
 from sae_lens import SAE, LoggingConfig, StandardTrainingSAEConfig
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from safetensors.torch import load_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,9 +79,23 @@ def load_model(name: str, device: str) -> HookedRootModule:
     if (folder / "transformer_lens").is_dir():
         return load_transformer_lens_folder(folder, device)
     if folder.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device)
-        return HookedProxyLM(model, AutoTokenizer.from_pretrained(folder))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        return HookedProxyLM(model.to(device), AutoTokenizer.from_pretrained(folder))
     return HookedTransformer.from_pretrained_no_processing(name, device=device, center_writing_weights=False)
+
+
+def load(settings: Settings) -> tuple[HookedRootModule, Any, Any]:
+    """The model, what to train on and what to evaluate on. Raises ConnectionError if the Hub is needed and not reached."""
+    try:
+        return load_model(settings.model, settings.device), *load_documents(settings.dataset)
+    except OSError as error:
+        names = [name for name in (settings.model, settings.dataset) if name != EMBEDDED and not Path(name).exists()]
+        if not names:
+            raise
+        raise ConnectionError(
+            f"{' and '.join(names)}: no such folder here, and the Hugging Face Hub could not be reached; run without --preset, "
+            "--model and --dataset to use the embedded model, which needs no network"
+        ) from error
 
 
 def load_transformer_lens_folder(folder: Path, device: str) -> HookedTransformer:
@@ -102,6 +117,7 @@ def load_transformer_lens_folder(folder: Path, device: str) -> HookedTransformer
 def load_documents(name: str) -> tuple[Dataset | IterableDataset, Dataset]:
     """The documents to train on, and those kept for evaluation: the last tenth."""
     path = Path(name)
+    documents: Any
     if name == EMBEDDED:
         return embedded.load_dataset("train"), embedded.load_dataset("held_out")
     if path.is_dir() and (path / "dataset_info.json").exists():
@@ -119,7 +135,7 @@ def load_documents(name: str) -> tuple[Dataset | IterableDataset, Dataset]:
     return documents.select(range(n_train)), documents.select(range(n_train, len(documents)))
 
 
-def tokenised(documents: Dataset | IterableDataset, model: HookedRootModule, context: int) -> Dataset | IterableDataset:
+def tokenised(documents: Any, model: HookedRootModule, context: int) -> Any:
     """Rows of `context` token ids, BOS first, packed the way SAELens packs them; token ids are passed through."""
     first: dict[str, Any] = next(iter(documents))
     if "input_ids" in first or "tokens" in first or isinstance(documents, IterableDataset):
@@ -181,7 +197,8 @@ def train(settings: Settings, model: HookedRootModule, prompts: Dataset | Iterab
 
 def model_width(model: HookedRootModule) -> int:
     """d_model."""
-    return model.model.config.hidden_size if isinstance(model, HookedProxyLM) else model.cfg.d_model
+    config: Any = model.model.config if isinstance(model, HookedProxyLM) else model.cfg
+    return config.hidden_size if isinstance(model, HookedProxyLM) else config.d_model
 
 
 def train_and_evaluate(settings: Settings, model: HookedRootModule, documents: Any, held_out: Any) -> Evaluation:
@@ -214,9 +231,13 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
     """Settings from the command line, and whether an existing output may be replaced."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Settings()
-    parser.add_argument("--preset", choices=["paper"], help="the paper's model, dataset and settings for TinyStories-1M")
+    parser.add_argument(
+        "--preset", choices=["paper"], help="the paper's model, dataset and settings for TinyStories-1M"
+    )
     parser.add_argument("--model", help=f"'embedded', a folder, or a name on the Hub (default: {default.model})")
-    parser.add_argument("--dataset", help=f"'embedded', a jsonl file, a folder, or a name on the Hub (default: {default.dataset})")
+    parser.add_argument(
+        "--dataset", help=f"'embedded', a jsonl file, a folder, or a name on the Hub (default: {default.dataset})"
+    )
     parser.add_argument("--hook", help=f"where the SAE goes (default: {default.hook})")
     parser.add_argument("--objective", choices=sorted(available_objectives()), help="(default: e2e_ds)")
     parser.add_argument("--downstream-hooks", nargs="+", help="for e2e_ds (default: the input of every later block)")
@@ -242,9 +263,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
 
 def main(arguments: list[str] | None = None) -> None:
     settings, overwrite = parse(arguments)
-    claim_output(settings.output, overwrite)
-    model = load_model(settings.model, settings.device)
-    documents, held_out = load_documents(settings.dataset)
+    try:
+        claim_output(settings.output, overwrite)
+        model, documents, held_out = load(settings)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
     result = train_and_evaluate(settings, model, documents, held_out)
     print(table({objective_of(settings).name: result}))
     print(f"saved to {settings.output}; load it with sae_lens.SAE.load_from_disk({settings.output!r})")

@@ -123,7 +123,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _command_line_config() -> type[E2ERunnerConfig[Any]]:
     """E2ERunnerConfig with --architecture choosing the SAE's flags, and SAELens' documentation as their help."""
-    architectures = {
+    architectures: dict[str, Any] = {
         name: partial(config, d_in=512, d_sae=1024) for name, (_, config) in SAE_TRAINING_CLASS_REGISTRY.items()
     }
     documented = {
@@ -147,7 +147,7 @@ def _command_line_config() -> type[E2ERunnerConfig[Any]]:
         else:
             kept["default_factory"] = f.default_factory
         new_fields.append((f.name, f.type, dataclasses.field(**kept)))
-    objective_help = f"{documented['objective']} As JSON: '{{\"name\": \"e2e\", \"kl_coefficient\": 2}}'."
+    objective_help = f'{documented["objective"]} As JSON: \'{{"name": "e2e", "kl_coefficient": 2}}\'.'
     objective = simple_parsing.field(default="e2e_ds", type=_objective, metavar="name|json", help=objective_help)
     new_fields.append(("objective", str, objective))
     config = dataclasses.make_dataclass("CommandLineConfig", new_fields, bases=(E2ERunnerConfig,))

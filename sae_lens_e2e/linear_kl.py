@@ -64,7 +64,9 @@ class LogitsHead:
         token_weights: Float[Tensor, "tokens"],
     ) -> Float[Tensor, ""]:
         """See `Head.kl`."""
-        loss: Tensor = _ChunkedKL.apply(spliced, clean, token_weights, self)  # pyright: ignore[reportAssignmentType]
+        loss: Tensor = _ChunkedKL.apply(  # pyright: ignore[reportAssignmentType]
+            _without_grad_if_disabled(spliced), clean, token_weights, self
+        )
         return loss
 
 
@@ -85,9 +87,10 @@ def linear_kl(
     float32 or better, whatever the dtype of the weights and under autocast too.
     """
     if token_weights is None:
-        token_weights = spliced.new_full((len(spliced),), 1 / max(len(spliced), 1), dtype=torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        token_weights = spliced.new_full((len(spliced),), 1 / max(len(spliced), 1), dtype=dtype)
     loss: Tensor = _LinearKL.apply(  # pyright: ignore[reportAssignmentType]
-        spliced, clean, weight, bias, soft_cap, token_weights, chunk_bytes
+        _without_grad_if_disabled(spliced), clean, weight, bias, soft_cap, token_weights, chunk_bytes
     )
     return loss
 
@@ -101,6 +104,11 @@ def chunk_size(d_vocab: int, dtype: torch.dtype, device: torch.device, chunk_byt
 def _log_sum_exp(logits: Tensor, probabilities: Tensor) -> Tensor:
     """log Σ exp(logits) per row, from logits and their softmax: at the largest, logit - log p, exact and cheap."""
     return logits.amax(-1) - probabilities.amax(-1).log()
+
+
+def _without_grad_if_disabled(spliced: Tensor) -> Tensor:
+    """Under no_grad a function still sees a leaf as needing its gradient, and would work it out for nobody."""
+    return spliced if torch.is_grad_enabled() else spliced.detach()
 
 
 class _Logits:
@@ -183,7 +191,8 @@ class _ChunkedKL(torch.autograd.Function):
     def forward(ctx: Any, spliced: Tensor, clean: Tensor, token_weights: Tensor, head: LogitsHead) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         chunk = chunk_size(head.d_vocab, torch.float32, spliced.device)
-        grads, kl = [], spliced.new_zeros((), dtype=torch.promote_types(spliced.dtype, torch.float32))
+        grad = torch.empty_like(spliced) if needs_grad else None
+        kl = spliced.new_zeros((), dtype=torch.promote_types(spliced.dtype, torch.float32))
         for start in range(0, len(spliced), chunk):
             rows = slice(start, start + chunk)
             with torch.no_grad():
@@ -193,9 +202,9 @@ class _ChunkedKL(torch.autograd.Function):
                 log_q = head.logits(student).to(kl.dtype).log_softmax(-1)
                 kl_chunk = token_weights[rows].to(kl.dtype) @ (log_p.exp() * (log_p - log_q)).sum(-1)
             kl += kl_chunk.detach()
-            if needs_grad:
-                grads.append(torch.autograd.grad(kl_chunk, student)[0])
-        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(spliced))
+            if grad is not None:
+                grad[rows] = torch.autograd.grad(kl_chunk, student)[0]
+        ctx.save_for_backward(grad)
         return kl
 
     @staticmethod

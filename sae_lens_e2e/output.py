@@ -17,14 +17,18 @@ def check_writable(path: str | Path) -> None:
         raise OSError(f"cannot write to output folder {str(path)!r}: {error.strerror or error}") from error
 
 
-def claim_output(path: str | Path, overwrite: bool = False) -> None:
+def claim_output(path: str | Path, overwrite: bool = False, made_by: str | None = None) -> None:
     """Check that a folder may be written to: it is new, empty, from an earlier run of ours, or to be overwritten.
 
-    Raises FileExistsError for anything else that exists, OSError if it cannot be written.
+    What tells an earlier run is its runner_cfg.json, or a file named `made_by`. Raises FileExistsError for anything else that
+    exists, OSError if it cannot be written.
     """
     folder = Path(path)
-    if folder.exists() and not overwrite and not _is_free(folder) and not _is_ours(folder):
-        raise FileExistsError(f"output {str(path)!r} exists and is not one of our runs; choose another, or pass --overwrite")
+    ours = _is_ours(folder) if made_by is None else (folder / made_by).is_file()
+    if folder.exists() and not overwrite and not _is_free(folder) and not ours:
+        raise FileExistsError(
+            f"output {str(path)!r} exists and is not one of our runs; choose another, or pass --overwrite"
+        )
     check_writable(folder)
 
 

@@ -106,7 +106,8 @@ def make_objective(spec: "str | dict[str, Any] | Objective") -> Objective:
         )
     if "name" not in spec:
         raise ValueError(f"objective={spec!r} has no 'name'")
-    settings = {key: value for key, value in spec.items() if key != "name"}
+    # JSON has lists where a frozen dataclass had tuples.
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "name"}
     objective = get_objective(spec["name"])
     known = [f.name for f in dataclasses.fields(objective)]
     if unknown := sorted(set(settings) - set(known)):

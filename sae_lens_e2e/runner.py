@@ -72,7 +72,9 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
             )
         device = next(self.model.parameters()).device
         if not self.activations_store.is_dataset_tokenized and getattr(self.model, "tokenizer", None) is None:
-            raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
+            raise ValueError(
+                "the dataset holds text and the model has no tokenizer; tokenise it, or give the model one"
+            )
         self.splice.probe(torch.arange(min(4, self.cfg.context_size), device=device)[None], self.sae.cfg.d_in)
 
     @override

@@ -285,7 +285,9 @@ def _architecture_terms(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[
     terms = {name: loss for name, loss in output.losses.items() if name != "mse_loss"}
     rounding = 8 * torch.finfo(output.loss.dtype).eps
     total = sum((loss.detach() for loss in output.losses.values()), torch.zeros_like(output.loss.detach()))
-    if "mse_loss" not in output.losses or not torch.allclose(total, output.loss.detach(), rtol=rounding, equal_nan=True):
+    if "mse_loss" not in output.losses or not torch.allclose(
+        total, output.loss.detach(), rtol=rounding, equal_nan=True
+    ):
         raise TypeError(
             f"architecture {sae.cfg.architecture()!r} adds to its loss what it does not list in TrainStepOutput.losses, so "
             "an objective cannot be put in the place of its reconstruction; have calculate_aux_loss return a dict"

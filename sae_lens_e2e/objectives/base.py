@@ -95,5 +95,5 @@ class Objective(ABC):
         """The terms of the loss, by the name under which they are logged."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready settings, with the objective's name; `plugins.objective_from_dict` takes them back."""
+        """JSON-ready settings, with the objective's name; `plugins.make_objective` takes them back."""
         return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}

@@ -38,7 +38,7 @@ class E2EDownstream(Objective):
         hooks = tuple(self.downstream_hooks)
         if not hooks or len(set(hooks)) < len(hooks):
             raise ValueError(f"{self.name}: downstream_hooks={list(hooks)} must name at least one hook, and each once")
-        # Lists come from JSON; a frozen dataclass should be hashable all the same.
+        # A frozen dataclass should be hashable, whatever kind of sequence it was given.
         object.__setattr__(self, "downstream_hooks", hooks)
 
     @property

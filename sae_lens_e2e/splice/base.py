@@ -110,7 +110,7 @@ class Splice(ABC):
                 raise ValueError(
                     f"hook_head_index={self.hook_head_index}: {self.hook_name} has no heads; leave hook_head_index at None"
                 )
-            if self.hook_head_index is not None and self.hook_head_index >= clean.activation.shape[2]:
+            if self.hook_head_index is not None and not 0 <= self.hook_head_index < clean.activation.shape[2]:
                 raise ValueError(
                     f"hook_head_index={self.hook_head_index}: {self.hook_name} has {clean.activation.shape[2]} heads"
                 )
@@ -122,7 +122,8 @@ class Splice(ABC):
             activation = clean.activation.detach().clone().requires_grad_()
             spliced = self.spliced(clean, activation)
         for hook in self.downstream_hooks:
-            if hook == self.hook_name or not spliced.downstream[hook].requires_grad:
+            found = spliced.downstream.get(hook)
+            if hook == self.hook_name or found is None or not found.requires_grad:
                 raise ValueError(f"downstream_hooks: {hook} is not downstream of hook_name={self.hook_name!r}")
         if not spliced.final.requires_grad:
             raise ValueError(f"hook_name={self.hook_name!r}: the model's output does not depend on it")

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from typing_extensions import override
 
 from sae_lens_e2e.linear_kl import LinearHead
-from sae_lens_e2e.splice.attention import SCORE_HOOKS, fused_attention
+from sae_lens_e2e.splice.attention import fused_attention
 from sae_lens_e2e.splice.base import CleanPass, Splice, SplicedPass, unknown_hook
 
 _Hook = tuple[str | Callable[..., Any], Callable[..., Any]]
@@ -83,8 +83,10 @@ class HookedTransformerSplice(Splice):
                 if stop_at_hook and self.layer < self.model.cfg.n_layers:
                     if not self.enters_layer:
                         self._blocks(residual, self.layer, self.layer + 1, blocks)
+                    self._check_called(cache)
                     return CleanPass(cache[self.hook_name], {}, None)
                 final = self._to_final(residual, blocks)
+        self._check_called(cache, *self.downstream_hooks)
         downstream = {hook: cache[hook] for hook in self.downstream_hooks}
         return CleanPass(cache[self.hook_name], downstream, final, _Resume(residual, blocks))
 
@@ -100,6 +102,14 @@ class HookedTransformerSplice(Splice):
             final = self._to_final(residual, resume.block_inputs)
         return SplicedPass(cache, final)
 
+    def _check_called(self, cache: dict[str, Tensor], *downstream_hooks: str) -> None:
+        for field, hook in [("hook_name", self.hook_name), *(("downstream_hooks", h) for h in downstream_hooks)]:
+            if hook not in cache:
+                raise ValueError(
+                    f"{field}: the model has a hook {hook!r} but does not call it; TransformerLens calls some only if the "
+                    "model's config turns them on, such as use_attn_result for attn.hook_result"
+                )
+
     def _blocks(self, residual: Tensor, start: int, stop: int, block_inputs: dict[str, Tensor | None]) -> Tensor:
         """Run blocks start to stop - 1; stopping at a layer, the model returns the residual stream that enters it."""
         return self.model(residual, start_at_layer=start, stop_at_layer=stop, **block_inputs, **self.model_kwargs)  # pyright: ignore[reportReturnType]
@@ -110,9 +120,8 @@ class HookedTransformerSplice(Splice):
 
     @contextmanager
     def _attention(self, attention_mask: Tensor | None) -> Iterator[None]:
-        watched = any(hook.endswith(SCORE_HOOKS) for hook in (self.hook_name, *self.downstream_hooks))
         # Rows that are all padding come out of the two kernels differently.
-        with nullcontext() if watched or attention_mask is not None else fused_attention(self.model):
+        with nullcontext() if attention_mask is not None else fused_attention(self.model):
             yield
 
 

@@ -71,7 +71,9 @@ class ModuleSplice(Splice):
     @override
     def last_layer(self) -> str:
         if self._place is None:
-            raise ValueError(f"hook_name={self.hook_name!r} is not in a block, so the last block is not known; name hooks")
+            raise ValueError(
+                f"hook_name={self.hook_name!r} is not in a block, so the last block is not known; name hooks"
+            )
         blocks, _, _, n_layers = self._place
         return f"{blocks}.{n_layers - 1}"
 
