@@ -108,13 +108,16 @@ def config_file_flags(path: Path) -> list[str]:
     # Recorded by SAELens for the reader, and taken by no flag.
     sae.pop("metadata", None)
     sae = {f"sae.{name}" if name in _SHARED_WITH_SAE else name: value for name, value in sae.items()}
+    if settings.get("seqpos_slice") == [None]:
+        # The default, for which there is no way to write a flag.
+        del settings["seqpos_slice"]
     return [part for name, value in (settings | sae | logger).items() for part in _flag(name, value)]
 
 
 def _flag(name: str, value: Any) -> list[str]:
     if value is None:
         return [f"--{name}"]
-    if isinstance(value, dict):
+    if isinstance(value, dict) or name == "exclude_special_tokens":
         return [f"--{name}", json.dumps(value)]
     if isinstance(value, list):
         return [f"--{name}", *(str(item) for item in value)]
@@ -139,7 +142,7 @@ def _command_line_config() -> type[E2ERunnerConfig[Any]]:
         )
     ]
     for f in dataclasses.fields(E2ERunnerConfig):
-        if f.name in ("sae", "objective") or f.name not in documented:
+        if f.name in ("sae", "objective", "exclude_special_tokens") or f.name not in documented:
             continue
         kept: dict[str, Any] = {"metadata": {**f.metadata, "help": documented[f.name]}}
         if f.default is not dataclasses.MISSING:
@@ -149,7 +152,10 @@ def _command_line_config() -> type[E2ERunnerConfig[Any]]:
         new_fields.append((f.name, f.type, dataclasses.field(**kept)))
     objective_help = f'{documented["objective"]} As JSON: \'{{"name": "e2e", "kl_coefficient": 2}}\'.'
     objective = simple_parsing.field(default="e2e_ds", type=_objective, metavar="name|json", help=objective_help)
-    new_fields.append(("objective", str, objective))
+    excluded = simple_parsing.field(
+        default=False, type=_yes_or_ids, metavar="bool|[ids]", help=documented["exclude_special_tokens"]
+    )
+    new_fields += [("objective", str, objective), ("exclude_special_tokens", str, excluded)]
     config = dataclasses.make_dataclass("CommandLineConfig", new_fields, bases=(E2ERunnerConfig,))
     config.__doc__ = "The run. Flags of the SAE itself depend on its architecture: add --architecture NAME to see them."
     return config
@@ -157,6 +163,10 @@ def _command_line_config() -> type[E2ERunnerConfig[Any]]:
 
 def _objective(text: str) -> Any:
     return json.loads(text) if text.lstrip().startswith("{") else text
+
+
+def _yes_or_ids(text: str) -> bool | list[int]:
+    return yaml.safe_load(text)
 
 
 class _Parser(simple_parsing.ArgumentParser):

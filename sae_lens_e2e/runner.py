@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from sae_lens_e2e.config import E2ERunnerConfig
 from sae_lens_e2e.objectives import Objective
+from sae_lens_e2e.output import check_writable
 from sae_lens_e2e.splice import Splice, frozen, make_splice
 from sae_lens_e2e.trainer import E2ETrainer, PromptBatches, StepPlan
 
@@ -79,7 +80,9 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        """Train, save to `output_path`, and return the SAE."""
+        """Train, save to `output_path`, and return the SAE. Raises OSError, before training, if that cannot be written."""
+        if self.cfg.output_path is not None:
+            check_writable(self.cfg.output_path)
         self._set_sae_metadata()
         if self.cfg.logger.log_to_wandb:
             wandb.init(

@@ -1,0 +1,82 @@
+"""Every Python snippet of the README runs, its diff is one that applies, and the wheel runs the first from elsewhere."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+TOKENS = re.compile(r"training_tokens=[\d_]+")
+
+
+def shortened(snippet: str) -> str:
+    """The snippet with four optimizer steps' worth of training."""
+    return TOKENS.sub(f"training_tokens={4 * 8 * 128}", snippet)
+
+
+def run(code: str, cwd: Path, python_path: str = "") -> str:
+    environment = os.environ | {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_the_snippets_that_are_run() -> None:
+    assert len(SNIPPETS) == 2
+    assert TOKENS.search(SNIPPETS[0])
+
+
+def test_the_first_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:
+    run(shortened(SNIPPETS[0]), tmp_path)
+    loaded = "import sys; sys.modules['sae_lens_e2e'] = None; from sae_lens import SAE; print(SAE.load_from_disk('my_sae').cfg.d_sae)"
+    assert run(loaded, tmp_path).split()[-1] == "1024"
+    assert json.loads((tmp_path / "my_sae" / "cfg.json").read_text())["metadata"]["objective"]["name"] == "e2e_ds"
+
+
+def test_the_plugin_snippet_trains(tmp_path: Path) -> None:
+    (tmp_path / "rare.py").write_text(SNIPPETS[1])
+    register = (
+        "import rare; from sae_lens_e2e.plugins import plugin_manager; plugin_manager().register(rare, name='rare')\n"
+    )
+    code = shortened(SNIPPETS[0]).replace('objective="e2e_ds"', 'objective="rare_kl"')
+    run(register + code + "\nprint(cfg.objective)", tmp_path, python_path=str(tmp_path))
+
+
+def test_the_diff_from_sae_lens_makes_a_config() -> None:
+    diff = re.search(r"^```diff\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    assert diff is not None
+    after = "\n".join(line[1:] for line in diff[1].splitlines() if not line.startswith("-"))
+    namespace: dict[str, object] = {}
+    exec("from sae_lens import StandardTrainingSAEConfig\n" + after.split("sae = E2ETrainingRunner")[0], namespace)
+    assert type(namespace["cfg"]).__name__ == "E2ERunnerConfig"
+
+
+def test_the_wheel_runs_the_first_snippet_from_elsewhere(tmp_path: Path) -> None:
+    """Built from a copy of the sources, put in a folder of its own, and found there rather than in this checkout."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so what would be released is not known")
+    source, wheels, installed, elsewhere = (tmp_path / name for name in ("source", "wheels", "installed", "elsewhere"))
+    elsewhere.mkdir()
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        if (ROOT / name).is_file() and name.startswith(("sae_lens_e2e/", "pyproject", "README", "LICENSE")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels), str(source)]
+    subprocess.run([*pip, *build], check=True)
+    (wheel,) = wheels.glob("*.whl")
+    assert wheel.stat().st_size < 4 * 2**20
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)], check=True)
+    where = run(shortened(SNIPPETS[0]) + "\nprint(embedded.__file__)", elsewhere, python_path=str(installed))
+    assert where.split()[-1].startswith(str(installed))
+    assert (elsewhere / "my_sae" / "sae_weights.safetensors").exists()
