@@ -1,5 +1,7 @@
 """Evaluation against sums written out, and against SAELens' own figures."""
 
+from typing import Any
+
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
@@ -28,6 +30,8 @@ def test_every_figure_is_its_definition(excluded: list[int] | bool) -> None:
     tokens = tokens[:8]  # whole batches
     mask = ~torch.isin(tokens, torch.tensor(excluded or []))
     with torch.no_grad():
+        logits: Any
+        spliced_logits: Any
         logits, cache = model.run_with_cache(tokens)
         x = cache[hook]
         features = sae.encode(x)
