@@ -1,7 +1,7 @@
 """Train one SAE on a small language model of stories, and show what it does to the model.
 
     python examples/train_tinystories.py                                  # the embedded model, objective e2e_ds
-    python examples/train_tinystories.py --objective local --sparsity 0.5
+    python examples/train_tinystories.py --objective local --sparsity 1.3
     python examples/train_tinystories.py --preset paper                   # TinyStories-1M with the paper's settings
 
 The model is `embedded`, a local folder (a TransformerLens one, or a Hugging Face one) or a name on the Hub; the dataset

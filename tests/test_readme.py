@@ -18,7 +18,7 @@ TOKENS = re.compile(r"training_tokens=[\d_]+")
 
 def shortened(snippet: str) -> str:
     """The snippet with four optimizer steps' worth of training."""
-    return TOKENS.sub(f"training_tokens={4 * 8 * 128}", snippet)
+    return TOKENS.sub(f"training_tokens={4 * 4 * 256}", snippet)
 
 
 def run(code: str, cwd: Path, python_path: str = "") -> str:
