@@ -9,6 +9,7 @@ comparison.html and comparison.json.
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="(default: demo_output)")
     parser.add_argument("--overwrite", action="store_true", help="write to a folder that is not one of ours")
     arguments = parser.parse_args()
-    claim_output(arguments.output, arguments.overwrite, made_by="comparison.json")
+    try:
+        claim_output(arguments.output, arguments.overwrite, made_by="comparison.json")
+    except OSError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
     results = run(arguments.output)
     print(f"\n{table(results)}\n\n{verdict(results)}")
     comparison_png(results, arguments.output / "comparison.png")

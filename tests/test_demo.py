@@ -24,6 +24,6 @@ def test_the_verdict_is_the_ratio_of_the_increases() -> None:
 def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos.txt").write_text("holiday")
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(SystemExit, match="--overwrite"):
         demo.main()
     assert [path.name for path in tmp_path.iterdir()] == ["photos.txt"]
