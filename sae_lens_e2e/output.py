@@ -8,10 +8,12 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 
 
 def check_writable(path: str | Path) -> None:
-    """Make the folder if it is not there. Raises OSError, naming it, if nothing can be written in it."""
+    """Raises OSError, naming the folder, if it could not be made or written in. Leaves nothing behind."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise OSError(f"cannot write to output folder {str(path)!r}: {error.strerror or error}") from error

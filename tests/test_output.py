@@ -10,7 +10,8 @@ from sae_lens_e2e.output import check_writable, claim_output
 
 def test_new_and_empty_folders_and_our_own_are_claimed(tmp_path: Path) -> None:
     claim_output(tmp_path / "a" / "new")
-    assert (tmp_path / "a" / "new").is_dir()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a" / "new").mkdir(parents=True)
     claim_output(tmp_path / "a" / "new")
     (tmp_path / "a" / "new" / "runner_cfg.json").write_text(json.dumps({"objective": {"name": "e2e"}}))
     claim_output(tmp_path / "a" / "new")
