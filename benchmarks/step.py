@@ -141,7 +141,7 @@ def our_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Cal
     torch.manual_seed(0)
     sae = StandardTrainingSAE(sae_config(shape))
     dataset = Dataset.from_dict({"input_ids": [[0] * shape.n_pos]})
-    trainer = E2ETrainingRunner(cfg, dataset, model, sae)._make_trainer()
+    trainer = E2ETrainingRunner(cfg, dataset, model, sae).make_trainer()
     return lambda tokens: float(trainer.step(tokens).loss)
 
 

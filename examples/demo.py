@@ -13,10 +13,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from train_tinystories import Settings, load_documents, load_model, table, train_and_evaluate
+from train_tinystories import Settings, table, train_and_evaluate
 
 from sae_lens_e2e.evaluation import Evaluation
 from sae_lens_e2e.figures import comparison_html, comparison_png
+from sae_lens_e2e.loading import load_documents, load_model
 from sae_lens_e2e.output import claim_output
 
 # Chosen so that both come out at about the same L0; the losses differ in scale, and so do their sparsity coefficients.

@@ -12,28 +12,21 @@ kept for evaluation.
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from sae_lens import SAE, LoggingConfig, StandardTrainingSAEConfig
 from sae_lens.load_model import HookedProxyLM
-from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-from safetensors.torch import load_file
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner, Objective, embedded
 from sae_lens_e2e.evaluation import Evaluation, evaluate
+from sae_lens_e2e.loading import EMBEDDED, load_documents, load_model, tokenised
 from sae_lens_e2e.output import claim_output
 from sae_lens_e2e.plugins import make_objective
-
-EMBEDDED = "embedded"
-HELD_OUT = 0.1
 
 # Braun et al. (2024), TinyStories-1M. The sparsity is theirs to sweep, and so is left to --sparsity.
 PAPER: dict[str, Any] = {
@@ -72,86 +65,12 @@ class Settings:
     wandb: bool = False
 
 
-def load_model(name: str, device: str) -> HookedRootModule:
-    """The embedded model, one in a local folder, or one from the Hub."""
-    folder = Path(name)
-    if name == EMBEDDED:
-        return embedded.load_model(device)
-    if (folder / "transformer_lens").is_dir():
-        return load_transformer_lens_folder(folder, device)
-    if folder.is_dir():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder)
-        return HookedProxyLM(model.to(device), AutoTokenizer.from_pretrained(folder))
-    return HookedTransformer.from_pretrained_no_processing(name, device=device, center_writing_weights=False)
-
-
 def load(settings: Settings) -> tuple[HookedRootModule, Any, Any]:
     """The model, what to train on and what to evaluate on. Raises ConnectionError if the Hub is needed and not reached."""
     try:
         return load_model(settings.model, settings.device), *load_documents(settings.dataset)
-    except OSError as error:
-        names = [name for name in (settings.model, settings.dataset) if name != EMBEDDED and not Path(name).exists()]
-        if not names:
-            raise
-        raise ConnectionError(
-            f"{' and '.join(names)}: no such folder here, and the Hugging Face Hub could not be reached; run without --preset, "
-            "--model and --dataset to use the embedded model, which needs no network"
-        ) from error
-
-
-def load_transformer_lens_folder(folder: Path, device: str) -> HookedTransformer:
-    """`transformer_lens/{config.json,model.safetensors}` with a tokenizer in `huggingface/`; the unembedding may be tied."""
-    config = json.loads((folder / "transformer_lens" / "config.json").read_text())
-    model = HookedTransformer(
-        HookedTransformerConfig(**config, device=device, init_weights=False),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "huggingface"),
-    )
-    weights = load_file(folder / "transformer_lens" / "model.safetensors")
-    weights.setdefault("unembed.W_U", weights["embed.W_E"].T.contiguous())
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    parameters = {name for name, _ in model.named_parameters()} - {"unembed.b_U"}
-    if absent := sorted(parameters.intersection(missing)):
-        raise ValueError(f"{folder}/transformer_lens/model.safetensors has no {absent[0]}")
-    return model
-
-
-def load_documents(name: str) -> tuple[Dataset | IterableDataset, Dataset]:
-    """The documents to train on, and those kept for evaluation: the last tenth."""
-    path = Path(name)
-    documents: Any
-    if name == EMBEDDED:
-        return embedded.load_dataset("train"), embedded.load_dataset("held_out")
-    if path.is_dir() and (path / "dataset_info.json").exists():
-        documents = load_from_disk(str(path))
-    elif path.is_dir():
-        files = [str(file) for file in sorted(path.iterdir()) if file.suffix in (".parquet", ".jsonl", ".json")]
-        documents = load_dataset(Path(files[0]).suffix[1:].replace("jsonl", "json"), data_files=files, split="train")
-    elif path.is_file():
-        documents = load_dataset("json", data_files=name, split="train")
-    else:
-        # On the Hub datasets are large: what trains is streamed, and what evaluates is taken from its start.
-        stream = load_dataset(name, split="train", streaming=True)
-        return stream.skip(500), Dataset.from_list(list(stream.take(500)))
-    n_train = round(len(documents) * (1 - HELD_OUT))
-    return documents.select(range(n_train)), documents.select(range(n_train, len(documents)))
-
-
-def tokenised(documents: Any, model: HookedRootModule, context: int) -> Any:
-    """Rows of `context` token ids, BOS first, packed the way SAELens packs them; token ids are passed through."""
-    first: dict[str, Any] = next(iter(documents))
-    if "input_ids" in first or "tokens" in first or isinstance(documents, IterableDataset):
-        return documents
-    if "text" not in first:
-        raise ValueError(f"the dataset has no column of tokens (input_ids, tokens) or text; it has {', '.join(first)}")
-    tokenizer: Any = model.tokenizer
-    texts: Iterable[str] = documents["text"]
-    rows = concat_and_batch_sequences(
-        (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts),
-        context_size=context,
-        begin_batch_token_id=tokenizer.bos_token_id,
-        sequence_separator_token_id=tokenizer.bos_token_id,
-    )
-    return Dataset.from_dict({"input_ids": [row.tolist() for row in rows]})
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}: run without --preset, --model and --dataset to use it") from error
 
 
 def objective_of(settings: Settings) -> Objective:

@@ -1,8 +1,19 @@
 """End-to-end training objectives for SAELens (Braun et al. 2024)."""
 
-from sae_lens_e2e.apollo import ApolloTrainingSAE, ApolloTrainingSAEConfig
+from sae_lens_e2e.apollo import (
+    ApolloTrainingSAE,
+    ApolloTrainingSAEConfig,
+    apollo_disk_loader,
+    apollo_huggingface_loader,
+    load_apollo_model,
+    load_apollo_sae,
+    load_apollo_saes,
+    load_neuronpedia_apollo_sae,
+)
 from sae_lens_e2e.config import E2ERunnerConfig
+from sae_lens_e2e.finetune import training_sae_from
 from sae_lens_e2e.hookspecs import hookimpl
+from sae_lens_e2e.neuronpedia import save_for_neuronpedia
 from sae_lens_e2e.objectives import E2E, E2EDownstream, Local, Objective, SplicedBatch, Term
 from sae_lens_e2e.plugins import PluginWarning, RegisteredObjective, available_objectives, get_objective
 from sae_lens_e2e.runner import E2ETrainingRunner
@@ -25,7 +36,15 @@ __all__ = [
     "RegisteredObjective",
     "SplicedBatch",
     "Term",
+    "apollo_disk_loader",
+    "apollo_huggingface_loader",
     "available_objectives",
     "get_objective",
     "hookimpl",
+    "load_apollo_model",
+    "load_apollo_sae",
+    "load_apollo_saes",
+    "load_neuronpedia_apollo_sae",
+    "save_for_neuronpedia",
+    "training_sae_from",
 ]

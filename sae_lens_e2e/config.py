@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
@@ -9,6 +10,7 @@ from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG
 from sae_lens.util import extract_layer_from_tlens_hook_name
 from typing_extensions import override
 
+from sae_lens_e2e.apollo.runner_settings import runner_settings
 from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.plugins import make_objective
 
@@ -144,6 +146,19 @@ class E2ERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         config = super().from_dict({**cfg_dict, "seqpos_slice": seqpos_slice})
         assert isinstance(config, E2ERunnerConfig)
         return config
+
+    @classmethod
+    def from_apollo(
+        cls, path: str | Path, *, architecture: str = "apollo", d_in: int | None = None, **overrides: Any
+    ) -> "E2ERunnerConfig[Any]":
+        """The config that repeats a run of Apollo's library, from its `final_config.yaml` (or its folder).
+
+        `architecture` is 'apollo', exactly theirs, or 'standard' with the equivalent coefficients. `d_in` is looked up if it is
+        not given; `overrides` are fields of this class. A run on a saved model (`tlens_model_path`) needs
+        `override_model=load_apollo_model(cfg.model_name)`. The cosine schedule and warm-up are SAELens' own, and the order
+        of the data is the dataset's. Raises ValueError, naming the key, for one that has no equivalent.
+        """
+        return cls(**runner_settings(path, architecture=architecture, d_in=d_in, overrides=overrides))
 
     @override
     def to_sae_trainer_config(self) -> SAETrainerConfig:

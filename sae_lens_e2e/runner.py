@@ -1,11 +1,9 @@
 """SAELens' training runner, with an objective in the place of reconstruction."""
 
 import json
-import os
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,20 @@ from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG, TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
-from sae_lens.util import temporary_seed
+from sae_lens.util import extract_layer_from_tlens_hook_name, temporary_seed
 from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_e2e.config import E2ERunnerConfig
+from sae_lens_e2e.history import write_history
 from sae_lens_e2e.objectives import Objective
-from sae_lens_e2e.output import check_writable
+from sae_lens_e2e.output import check_writable, written_whole
 from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.trainer import E2ETrainer, PromptBatches, StepPlan
+from sae_lens_e2e.step import PromptBatches, StepPlan
+from sae_lens_e2e.trainer import E2ETrainer
+
+# Of an SAE and the runner config's `sae`: what the runner sets, and how a new SAE starts.
+_MAY_DIFFER = ("metadata", "device", "decoder_init_norm", "jumprelu_init_threshold")
 
 
 class E2ETrainingRunner(LanguageModelSAETrainingRunner):
@@ -52,8 +55,12 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
                 f"cfg is a {type(cfg).__name__}; make it an E2ERunnerConfig, or use SAELens' LanguageModelSAETrainingRunner"
             )
         _check_resume(cfg.resume_from_checkpoint)
+        if override_sae is not None:
+            _check_given_sae(override_sae, "override_sae", cfg)
         with temporary_seed(cfg.seed):
             super().__init__(cfg, override_dataset, override_model, override_sae)
+        if override_sae is None and cfg.from_pretrained_path is not None:
+            _check_given_sae(self.sae, f"from_pretrained_path={cfg.from_pretrained_path!r}", cfg)
         self.objective = self._resolve_objective()
         self.splice = make_splice(
             self.model, cfg.hook_name, cfg.hook_head_index, self.objective.hooks, cfg.model_kwargs
@@ -83,7 +90,6 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
         """Train, save to `output_path`, and return the SAE. Raises OSError, before training, if that cannot be written."""
         if self.cfg.output_path is not None:
             check_writable(self.cfg.output_path)
-        self._set_sae_metadata()
         if self.cfg.logger.log_to_wandb:
             wandb.init(
                 project=self.cfg.logger.wandb_project,
@@ -92,7 +98,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
                 name=self.cfg.logger.run_name,
                 id=self.cfg.logger.wandb_id,
             )
-        trainer = self._make_trainer()
+        trainer = self.make_trainer()
         if self.cfg.resume_from_checkpoint is not None:
             logger.info(f"Resuming from checkpoint: {self.cfg.resume_from_checkpoint}")
             trainer.load_trainer_state(self.cfg.resume_from_checkpoint)
@@ -102,12 +108,14 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
         with frozen(self.model):
             sae = self.run_trainer_with_interruption_handling(trainer)
         if self.cfg.output_path is not None:
-            self.save_final_sae(sae, self.cfg.output_path, trainer.log_feature_sparsity)
+            self.save_final_sae(sae, self.cfg.output_path, trainer.log_feature_sparsity, trainer.history)
         if self.cfg.logger.log_to_wandb:
             wandb.finish()
         return sae
 
-    def _make_trainer(self) -> E2ETrainer[TrainingSAE[Any], Any]:
+    def make_trainer(self) -> E2ETrainer[TrainingSAE[Any], Any]:
+        """The trainer of this run, at its first step, the SAE's metadata filled in."""
+        self._set_sae_metadata()
         return E2ETrainer(
             cfg=self.cfg.to_e2e_trainer_config(),
             sae=self.sae,
@@ -129,7 +137,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[TrainingSAE[Any], Any]) -> TrainingSAE[Any]:
         """Train; on Ctrl-C or SIGTERM finish the step, write a checkpoint that can be resumed from, and raise."""
         assert isinstance(trainer.data_provider, PromptBatches)
-        with _interrupting(trainer.data_provider):
+        with interrupting(trainer.data_provider):
             try:
                 return trainer.fit()
             except InterruptedException:
@@ -142,20 +150,35 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def save_final_sae(
-        self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """As in SAELens, but each file is written elsewhere first and moved into `output_path` whole."""
-        output = Path(output_path)
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as partial:
-            super().save_final_sae(sae, partial, log_feature_sparsity)
-            for written in Path(partial).iterdir():
-                os.replace(written, output / written.name)
+        """As in SAELens, with the run's history; each file is written elsewhere first and moved into `output_path` whole."""
+        with written_whole(output_path) as partial:
+            super().save_final_sae(sae, str(partial), log_feature_sparsity)
+            write_history(history, partial)
 
     @override
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
+        self.sae.cfg.metadata.hook_layer = extract_layer_from_tlens_hook_name(self.cfg.hook_name)
         self.sae.cfg.metadata.objective = json.loads(json.dumps(self.objective.to_dict()))
+
+
+def _check_given_sae(sae: TrainingSAE[Any], given_as: str, cfg: E2ERunnerConfig[Any]) -> None:
+    """SAELens trains the SAE it is given and looks at `cfg.sae` no more: refuse one that says otherwise."""
+    if not isinstance(sae, TrainingSAE):
+        raise TypeError(f"{given_as} is a {type(sae).__name__}, for inference only; pass training_sae_from(...) of it")
+    wanted, given = cfg.sae.to_dict(), sae.cfg.to_dict()
+    for name in sorted(wanted.keys() | given.keys()):
+        if name not in _MAY_DIFFER and wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"sae.{name}={wanted.get(name)!r}, but the SAE given as {given_as} has {given.get(name)!r}, which is what would "
+                "be trained with; give the config that SAE's own cfg as sae"
+            )
 
 
 def _check_resume(path: str | None) -> None:
@@ -166,7 +189,7 @@ def _check_resume(path: str | None) -> None:
 
 
 @contextmanager
-def _interrupting(batches: PromptBatches) -> Iterator[None]:
+def interrupting(batches: PromptBatches) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into an interruption after the step; a second one interrupts at once."""
 
     def interrupt(signal_number: int, _: Any) -> None:

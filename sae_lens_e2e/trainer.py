@@ -3,8 +3,8 @@
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,79 +12,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_e2e.history import read_history, write_history
 from sae_lens_e2e.objectives import Objective, SplicedBatch, Term
 from sae_lens_e2e.splice import CleanPass, Splice
+from sae_lens_e2e.step import PromptBatches, StepOutput, StepPlan
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss or gradient became NaN or infinite; the SAE is as it was before that step."""
-
-
-class PromptBatches(Iterator[Tensor]):
-    """Whole prompts for one optimizer step at a time, (prompts, context_size), from SAELens' activation store."""
-
-    def __init__(self, store: ActivationsStore, prompts_per_step: int):
-        self.store = store
-        self.prompts_per_step = prompts_per_step
-        self.interrupted = False
-
-    def __next__(self) -> Int[Tensor, "prompts pos"]:
-        # Here, between two steps, nothing is half done: an interruption waits for it.
-        if self.interrupted:
-            raise InterruptedException
-        return self.store.get_batch_tokens(self.prompts_per_step)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """How the tokens of one optimizer step are worked through."""
-
-    prompts_per_forward: int
-    seqpos_slice: tuple[int | None, ...] = (None,)
-    excluded_tokens: Int[Tensor, "n_excluded"] | None = None
-    max_grad_norm: float = 1.0
-    autocast_lm: bool = False
-
-    def trained_positions(self, tokens: Int[Tensor, "prompts pos"]) -> Bool[Tensor, "prompts pos"]:
-        """Which positions the SAE replaces and is trained on: inside the slice, and not an excluded token."""
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        mask[:, slice(*self.seqpos_slice)] = True
-        if self.excluded_tokens is not None:
-            mask &= ~torch.isin(tokens, self.excluded_tokens.to(tokens.device))
-        return mask
-
-
-@dataclass
-class StepOutput(TrainStepOutput):
-    """SAELens' record of a step: losses added up over its forward passes, activations of the last one.
-
-    `losses` holds the objective's terms before their coefficients, which are in `coefficients`, and the architecture's own
-    as SAELens has them; `parts` what the terms are made of. `firing` counts the tokens on which each feature fired.
-    """
-
-    coefficients: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    firing: Float[Tensor, "d_sae"] = field(default_factory=lambda: torch.empty(0))
-    n_tokens: int = 0
-
-    def plus(self, earlier: "StepOutput | None") -> "StepOutput":
-        """The two passes' losses and counts together, with this one's activations."""
-        if earlier is None:
-            return self
-        return replace(
-            self,
-            loss=self.loss + earlier.loss,
-            losses={name: value + earlier.losses[name] for name, value in self.losses.items()},
-            parts={name: value + earlier.parts[name] for name, value in self.parts.items()},
-            firing=self.firing + earlier.firing,
-            n_tokens=self.n_tokens + earlier.n_tokens,
-        )
 
 
 class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -113,52 +52,70 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.splice = splice
         self.objective = objective
         self.plan = plan
+        self.history: list[dict[str, Any]] = []
+        """What SAELens would log to W&B, every `logger.wandb_log_frequency` steps, whether it does or not."""
+        self.seconds = 0.0
+        """Spent on this SAE's steps, clean passes included, as if it were trained alone."""
 
     @override
     def fit(self) -> T_TRAINING_SAE:
-        self._estimate_activation_statistics()
+        self.estimate_activation_statistics()
         return super().fit()
 
     @override
     def step(self, batch: Int[Tensor, "prompts pos"]) -> StepOutput:
         """One optimizer step on whole prompts: the gradient of the mean over all its trained tokens, clipped once."""
-        mask = self.plan.trained_positions(batch)
-        n_tokens = int(mask.sum())
-        if n_tokens == 0:
-            raise ValueError("exclude_special_tokens leaves no token to train on in a whole batch; exclude fewer")
-        self.n_training_samples += self.cfg.train_batch_size_samples
-        self.sae.train()
-        # A threshold such as BatchTopK's moves in the forward pass, before it is known whether the step will stand.
-        buffers = {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
-        size = self.plan.prompts_per_forward
-        output = None
-        for tokens, trained in zip(batch.split(size), mask.split(size), strict=True):
-            if n_trained := int(trained.sum()):
-                output = self.forward_backward(tokens, trained, n_trained / n_tokens).plus(output)
-        assert output is not None
-        self._clip_and_check(output, buffers)
-        self._count_firing(output)
-        self._update_parameters()
+        (output,) = step_together([self], batch)
+        if isinstance(output, Exception):
+            raise output
         return output
 
     def forward_backward(
-        self, tokens: Int[Tensor, "prompts pos"], mask: Bool[Tensor, "prompts pos"], share: float
+        self,
+        tokens: Int[Tensor, "prompts pos"],
+        mask: Bool[Tensor, "prompts pos"],
+        share: float,
+        clean: CleanPass | None = None,
     ) -> StepOutput:
-        """Clean pass, SAE, spliced pass, loss and backward; `share` is this pass's part of the step's tokens."""
-        spliced_needed = self.objective.compares_logits or bool(self.objective.hooks)
-        with self._autocast_lm(tokens):
-            clean = self.splice.clean(tokens, stop_at_hook=not spliced_needed)
+        """Clean pass, unless it is given, SAE, spliced pass, loss and backward; `share` is this pass's part of the step."""
+        clean = clean or self.clean_pass(tokens, stop_at_hook=not self.runs_past_hook)
         x = self.splice.read(clean.activation)[mask.to(clean.activation.device)]
         with self.autocast_if_enabled:
             output = self.sae.training_forward_pass(self._sae_input(x))
         own_terms = _architecture_terms(self.sae, output)
         batch = SplicedBatch(tokens[mask], output.losses["mse_loss"])
-        if spliced_needed:
+        if self.runs_past_hook:
             batch = self._spliced_batch(batch, clean, output.sae_out, mask)
         terms = self.objective.terms(batch)
         loss = _weighted_sum(terms, own_terms)
         (share * loss).backward()
         return _record(output, terms, own_terms, loss, share)
+
+    @property
+    def runs_past_hook(self) -> bool:
+        """Whether the objective compares anything that comes after the SAE."""
+        return self.objective.compares_logits or bool(self.objective.hooks)
+
+    def clean_pass(self, tokens: Int[Tensor, "prompts pos"], stop_at_hook: bool) -> CleanPass:
+        """The language model without the SAE, under the plan's autocast."""
+        with self._autocast_lm(tokens):
+            return self.splice.clean(tokens, stop_at_hook)
+
+    def begin_step(self) -> dict[str, Tensor]:
+        """Get ready for a step's forward passes; returns what `end_step` puts back should the step not stand."""
+        self.n_training_samples += self.cfg.train_batch_size_samples
+        self.sae.train()
+        # A threshold such as BatchTopK's moves in the forward pass, before it is known whether the step will stand.
+        return {name: buffer.clone() for name, buffer in self.sae.named_buffers()}
+
+    def end_step(self, output: StepOutput, buffers: dict[str, Tensor]) -> None:
+        """Clip, check and apply the gradient of a step's forward passes. Raises NonFiniteLossError, with the SAE as it was."""
+        self._clip_and_check(output, buffers)
+        self._count_firing(output)
+        if self._is_logging_step():
+            log = self.build_train_step_log_dict(output, self.n_training_samples)
+            self.history.append({"step": self.n_training_steps, "details/seconds": self.seconds, **log})
+        self._update_parameters()
 
     def _sae_input(self, x: Float[Tensor, "tokens d_in"]) -> TrainStepInput:
         # As SAELens' store does: activations of a low-precision model are trained on in float32.
@@ -228,7 +185,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _autocast_lm(self, tokens: Tensor) -> torch.autocast:
         return torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.plan.autocast_lm)
 
-    def _estimate_activation_statistics(self) -> None:
+    def estimate_activation_statistics(self) -> None:
         """Do what SAELens' `fit` does first, from the store's activations, where `fit` would be given tokens."""
         normalize, scaler = self.sae.cfg.normalize_activations, self.activation_scaler
         arguments: dict[str, Any] = {
@@ -240,6 +197,11 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             scaler.estimate_scaling_factor(**arguments)
         elif normalize == "covariance_whitening" and scaler.whitening is None:
             scaler.estimate_whitening(**arguments)
+
+    @override
+    def _is_logging_step(self) -> bool:
+        # SAELens logs to W&B or not at all; the history is kept either way.
+        return (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
 
     @override
     @torch.no_grad()
@@ -264,6 +226,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         partial, final = Path(base) / f".{checkpoint_name}.partial", Path(base) / checkpoint_name
         try:
             super().save_checkpoint(partial.name, base, wandb_aliases)
+            write_history(self.history, partial)
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
@@ -274,7 +237,52 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """As in SAELens, without writing the checkpoints again that were passed before."""
         super().load_trainer_state(checkpoint_path)
+        self.history = read_history(checkpoint_path)
+        self.seconds = self.history[-1]["details/seconds"] if self.history else 0.0
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
+
+
+def step_together(
+    trainers: Sequence["E2ETrainer[Any, Any]"], batch: Int[Tensor, "prompts pos"]
+) -> list[StepOutput | Exception]:
+    """One optimizer step of each of several trainers on the same prompts, with one clean pass for them all.
+
+    They must share a splice and a plan. Gives each one's output, or what it raised: one that fails does not stop the others.
+    Raises ValueError if no token of the batch is trained on.
+    """
+    plan = trainers[0].plan
+    mask = plan.trained_positions(batch)
+    n_tokens = int(mask.sum())
+    if n_tokens == 0:
+        raise ValueError("exclude_special_tokens leaves no token to train on in a whole batch; exclude fewer")
+    buffers = [trainer.begin_step() for trainer in trainers]
+    outputs: list[Any] = [None] * len(trainers)
+    stop_at_hook = not any(trainer.runs_past_hook for trainer in trainers)
+    size = plan.prompts_per_forward
+    for tokens, trained in zip(batch.split(size), mask.split(size), strict=True):
+        n_trained = int(trained.sum())
+        if n_trained == 0:
+            continue
+        start = time.perf_counter()
+        clean = trainers[0].clean_pass(tokens, stop_at_hook)
+        clean_seconds = time.perf_counter() - start
+        for i, trainer in enumerate(trainers):
+            if not isinstance(outputs[i], Exception):
+                start = time.perf_counter()
+                try:
+                    outputs[i] = trainer.forward_backward(tokens, trained, n_trained / n_tokens, clean).plus(outputs[i])
+                except Exception as error:
+                    outputs[i] = error
+                trainer.seconds += clean_seconds + time.perf_counter() - start
+    for i, trainer in enumerate(trainers):
+        if not isinstance(outputs[i], Exception):
+            start = time.perf_counter()
+            try:
+                trainer.end_step(outputs[i], buffers[i])
+            except Exception as error:
+                outputs[i] = error
+            trainer.seconds += time.perf_counter() - start
+    return outputs
 
 
 def _architecture_terms(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[str, Tensor]:

@@ -1,14 +1,27 @@
-"""The engine against what Apollo's own library computed: losses, gradients, and ten optimizer steps."""
+"""The engine against what Apollo's own library computed: losses, gradients, ten optimizer steps, and a run from its config."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sae_lens import TrainingSAE
 from safetensors.torch import load_file
 
-from sae_lens_e2e import ApolloTrainingSAE, ApolloTrainingSAEConfig, E2EDownstream, Local, Objective
+from sae_lens_e2e import (
+    ApolloTrainingSAE,
+    ApolloTrainingSAEConfig,
+    E2EDownstream,
+    E2ERunnerConfig,
+    E2ETrainer,
+    Local,
+    Objective,
+)
+from sae_lens_e2e.apollo import load_apollo_model
 from sae_lens_e2e.splice import frozen
+from tests.apollo import run_config, write_run, write_tiny4l
 from tests.models import D_MODEL, GOLDEN, N_CTX, apollo_tiny4l
+from tests.servers import hub
 from tests.training import gradients, make_runner, make_trainer, runner_config
 
 HOOK = "blocks.2.hook_resid_pre"
@@ -78,9 +91,36 @@ def test_losses_and_gradients_of_one_batch_are_apollos(run: str) -> None:
 
 @pytest.mark.parametrize("run", OBJECTIVES)
 def test_ten_optimizer_steps_follow_apollos(run: str) -> None:
+    trajectory = apollo_trajectory(run)
+    follows(run, make_trainer(apollo_runner(run, trajectory, "init")), trajectory)
+
+
+def test_a_run_repeated_from_its_own_config_follows_apollos(tmp_path: Path) -> None:
+    # What was traced is the run itself, but shorter.
+    config = run_config({"n_samples": 160, "warmup_samples": 48})
+    trajectory = apollo_trajectory("e2e_ds")
+    write_tiny4l(tmp_path / "tiny4l")
+    folder = write_run(tmp_path / "e2e_ds", config, {})
+    cfg = E2ERunnerConfig.from_apollo(folder, output_path=None, checkpoint_path=None, verbose=False)
+    sae = TrainingSAE.from_dict(cfg.sae.to_dict())
+    assert isinstance(sae, ApolloTrainingSAE)
+    sae.load_state_dict(to_ours(trajectory, "init"))
+    # The model's tokenizer is nowhere, and nothing here needs it.
+    with hub({}):
+        model = load_apollo_model(cfg.model_name)
+    trainer = make_trainer(make_runner(cfg, model, sae=sae))
+    assert trainer.cfg.total_training_samples == trajectory["tokens"].numel()
+    follows("e2e_ds", trainer, trajectory)
+
+
+def apollo_trajectory(run: str) -> dict[str, torch.Tensor]:
+    """Ten optimizer steps of Apollo's own training loop."""
     golden = load_file(GOLDEN / f"apollo_{run}.safetensors")
-    trajectory = {k.removeprefix("trajectory."): v for k, v in golden.items() if k.startswith("trajectory.")}
-    trainer = make_trainer(apollo_runner(run, trajectory, "init"))
+    return {k.removeprefix("trajectory."): v for k, v in golden.items() if k.startswith("trajectory.")}
+
+
+def follows(run: str, trainer: E2ETrainer[Any, Any], trajectory: dict[str, torch.Tensor]) -> None:
+    """Trained on the same tokens, the trainer must have every loss, gradient norm and weight that Apollo's had."""
     tokens = trajectory["tokens"].reshape(10, 2 * BATCH, N_CTX)
 
     def step_mean(name: str) -> torch.Tensor:

@@ -6,10 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from sae_lens import BatchTopKTrainingSAEConfig, LoggingConfig
+import torch
+import yaml
+from datasets import Dataset
+from sae_lens import SAE, BatchTopKTrainingSAEConfig, LoggingConfig, StandardSAE, StandardSAEConfig
+from safetensors.torch import load_file
 
-from sae_lens_e2e import E2E, E2EDownstream, E2ERunnerConfig
-from sae_lens_e2e.cli import config_file_flags, main, parse_train
+from sae_lens_e2e import E2E, E2EDownstream, E2ERunnerConfig, load_apollo_sae, save_for_neuronpedia
+from sae_lens_e2e.cli import main
+from sae_lens_e2e.cli.train import config_file_flags, parse_train
+from sae_lens_e2e.evaluation.files import read_evaluation
+from tests.apollo import HOOK, golden_parameters, run_config, write_run
 
 
 def test_help_fits_eighty_columns_and_names_our_fields(
@@ -132,3 +139,138 @@ def test_the_installed_command_runs() -> None:
         [sys.executable, "-m", "sae_lens_e2e.cli", "objectives"], capture_output=True, text=True, check=True
     )
     assert "e2e_ds" in done.stdout
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints when it succeeds."""
+    assert main(list(arguments)) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command ends with when it does not."""
+    assert main(list(arguments)) == 2
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith(f"sae-lens-e2e {arguments[0]}: ")
+    ]
+    return line
+
+
+def embedded_sae(folder: Path) -> Path:
+    """A small SAE for the embedded model, with all that its metadata should say."""
+    sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=96, apply_b_dec_to_input=False))
+    metadata = {
+        "model_name": "embedded",
+        "dataset_path": "embedded",
+        "hook_name": "blocks.3.hook_resid_pre",
+        "context_size": 32,
+        "prepend_bos": True,
+        "objective": {"name": "e2e"},
+    }
+    return save_for_neuronpedia(sae, folder, frequency=torch.full((96,), 0.25), **metadata)
+
+
+def test_convert_writes_what_saelens_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", run_config(), {HOOK: golden_parameters("e2e_ds")})
+    assert f"{HOOK}: {tmp_path / 'out'}" in said(capsys, "convert", str(run), str(tmp_path / "out"))
+    assert torch.equal(SAE.load_from_disk(tmp_path / "out").W_enc, load_apollo_sae(run).W_enc)
+    assert "exists" in refused(capsys, "convert", str(run), str(tmp_path / "out"))
+    said(capsys, "convert", str(run), str(tmp_path / "out"), "--overwrite", "--neuronpedia-id", "tiny/2-mine")
+    assert SAE.load_from_disk(tmp_path / "out").cfg.metadata.neuronpedia_id == "tiny/2-mine"
+
+
+def test_convert_gives_each_of_several_saes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = "blocks.3.hook_resid_pre"
+    config = run_config({"saes.sae_positions": [HOOK, other]})
+    run = write_run(tmp_path / "run", config, {HOOK: golden_parameters("e2e_ds"), other: golden_parameters("local")})
+    said(capsys, "convert", str(run), str(tmp_path / "both"))
+    assert {folder.name for folder in (tmp_path / "both").iterdir()} == {HOOK, other}
+    said(capsys, "convert", str(run), str(tmp_path / "one"), "--hook-name", other)
+    assert SAE.load_from_disk(tmp_path / "one").cfg.metadata.hook_name == other
+    line = refused(capsys, "convert", str(run), str(tmp_path / "none"), "--hook-name", "blocks.0.hook_resid_pre")
+    assert f"holds SAEs at {HOOK}, {other} only" in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_convert_carries_a_saelens_folder_over_with_its_sparsity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = embedded_sae(tmp_path / "sae")
+    said(capsys, "convert", str(folder), str(tmp_path / "out"), "--dataset-path", "elsewhere")
+    assert SAE.load_from_disk(tmp_path / "out").cfg.metadata.dataset_path == "elsewhere"
+    sparsity = load_file(tmp_path / "out" / "sparsity.safetensors")["sparsity"]
+    torch.testing.assert_close(10**sparsity, torch.full((96,), 0.25))
+    assert "--n-samples" in refused(capsys, "convert", str(folder), str(tmp_path / "out2"), "--n-samples", "800")
+
+
+def test_evaluate_prints_a_row_each_keeps_the_figures_and_lists_what_it_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = embedded_sae(tmp_path / "sae")
+    flags = ("--max-tokens", "256", "--batch-size-prompts", "4")
+    out = said(capsys, "evaluate", str(folder), *flags)
+    assert str(folder) in out
+    assert read_evaluation(folder) is not None
+    assert main(["evaluate", str(folder), str(tmp_path / "none"), *flags]) == 2
+    captured = capsys.readouterr()
+    assert str(folder) in captured.out
+    assert f"{tmp_path / 'none'} was skipped" in captured.err
+
+
+def test_a_sweep_and_a_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = {
+        "base": {
+            "model_name": "embedded",
+            "dataset_path": "embedded",
+            "hook_name": "blocks.3.hook_resid_pre",
+            "context_size": 16,
+            "store_batch_size_prompts": 2,
+            "train_batch_size_tokens": 32,
+            "training_tokens": 96,
+            "sae": {"architecture": "standard", "d_in": 64, "d_sae": 96},
+        },
+        "grid": [{"objective": ["local", "e2e"], "sae.l1_coefficient": [0.1, 0.2]}, {"seed": 1, "sae.d_in": 32}],
+        "evaluation": {"max_tokens": 256, "batch_size_prompts": 4},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    out = tmp_path / "out"
+    assert main(["sweep", str(tmp_path / "sweep.yaml"), str(out)]) == 2
+    captured = capsys.readouterr()
+    assert "1 of 5 points failed" in captured.err
+    assert "d_in=32-seed=1: ValueError: sae.d_in=32 does not fit" in captured.err
+    assert "e2e-l1_coefficient=0.2" in captured.out
+    # A sentence for L0, alive features and CE increase of e2e against local, or why there is none.
+    assert len([line for line in captured.out.splitlines() if line.endswith(".") and "e2e" in line]) == 3
+    page = tmp_path / "report.html"
+    flags = ("--max-tokens", "256", "--batch-size-prompts", "4", "--measures", "evaluation", "--output", str(page))
+    assert str(page) in said(capsys, "report", str(out), *flags)
+    assert "<html" in page.read_text()
+    assert "'nothing'" in refused(capsys, "report", str(out), "--measures", "nothing", "--output", str(page))
+
+
+def test_dashboard_and_upload_refuse_what_they_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no SAE" in refused(capsys, "dashboard", str(tmp_path))
+    folder = embedded_sae(tmp_path / "sae")
+    assert "n_features=97" in refused(capsys, "dashboard", str(folder), "--n-features", "97")
+    line = refused(capsys, "dashboard", str(folder), "--model", "gpt2-small")
+    assert "dataset 'embedded' is on this machine and model 'gpt2-small' is not" in line
+    assert "two folders have the same name" in refused(capsys, "upload", "me/saes", str(folder), str(folder))
+    assert "has no owner" in refused(capsys, "upload", "saes", str(folder))
+
+
+def test_train_takes_the_embedded_model_and_a_file_of_stories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"input_ids": [0, *range(5, 20)]} for _ in range(12)]
+    Dataset.from_list(rows).to_json(str(tmp_path / "rows.jsonl"))
+    flags = "--model_name embedded --hook_name blocks.3.hook_resid_pre --d_in 64 --d_sae 96 --context_size 16 --verbose false"
+    flags += " --store_batch_size_prompts 2 --train_batch_size_tokens 64 --training_tokens 192 --log_to_wandb false"
+    paths = [
+        "--dataset_path",
+        str(tmp_path / "rows.jsonl"),
+        "--output_path",
+        str(tmp_path / "out"),
+        "--checkpoint_path",
+    ]
+    said(capsys, "train", *flags.split(), *paths)
+    assert SAE.load_from_disk(tmp_path / "out").cfg.d_sae == 96

@@ -1,18 +1,22 @@
 """The demo's verdict, and that what it trains is the two objectives under one recipe."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sae_lens_e2e.evaluation import Evaluation
+from tests.models import GOLDEN
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import demo  # pyright: ignore[reportMissingImports]
 
 
 def result(increase: float, l0: float) -> Evaluation:
-    return Evaluation(1000, 2.0, 2.0 + increase, 0.1, l0, 90, 100, {"blocks.1.hook_resid_post": 0.1})
+    stored = Evaluation.from_dict(json.loads((GOLDEN / "evaluation.json").read_text()))
+    return replace(stored, ce_loss_with_sae=stored.ce_loss_without_sae + increase, l0=l0)
 
 
 def test_the_verdict_is_the_ratio_of_the_increases() -> None:

@@ -43,7 +43,7 @@ from tests.models import D_MODEL, apollo_tiny4l, dataset_of, random_model, rando
 from tests.training import gradients, make_runner, make_trainer, runner_config
 
 N_STEPS, STEP_TOKENS = 12, 48
-WRITTEN = ["cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]
+WRITTEN = ["cfg.json", "history.csv", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"]
 CHECKPOINT = sorted(
     [*WRITTEN, "activation_scaler.json", "activations_store_state.safetensors", "trainer_state.pt"],
 )

@@ -842,3 +842,8 @@ def test_both_ways_of_running_gpt2_agree() -> None:
         results.append((clean.activation, clean.final, downstream.detach(), kl.detach(), activation.grad))
     assert float(results[0][3]) > 1e-2
     close(results[0], results[1], 1e-8)
+
+
+@pytest.mark.parametrize("hook", ["ln_final.hook_normalized", "ln_final.hook_scale", "blocks.2.hook_resid_post"])
+def test_no_layer_is_later_than_the_end(hook: str) -> None:
+    assert make_splice(random_model(), hook).later_layers == []

@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from sae_lens_e2e import E2E, E2EDownstream, E2ETrainer, Local, NonFiniteLossError, Objective, SplicedBatch, Term
 from sae_lens_e2e.splice import frozen
-from sae_lens_e2e.trainer import StepOutput
+from sae_lens_e2e.step import StepOutput
 from tests.models import dataset_of, random_model, random_tokens
 from tests.training import make_runner, make_trainer, runner_config
 
@@ -482,7 +482,7 @@ def test_normalised_activations_are_trained_on_and_folded_away(normalize: str, o
     runner = make_runner(cfg, model)
     trainer = make_trainer(runner)
     start = copy.deepcopy(trainer.sae)
-    trainer._estimate_activation_statistics()
+    trainer.estimate_activation_statistics()
     estimated = trainer.activation_scaler.scaling_factor is not None or trainer.activation_scaler.whitening is not None
     assert estimated == (normalize != "layer_norm")
     outputs = train(trainer, 5 * step_batches(1))
@@ -529,6 +529,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path: Path) 
         "activation_scaler.json",
         "activations_store_state.safetensors",
         "cfg.json",
+        "history.csv",
         "runner_cfg.json",
         "sae_weights.safetensors",
         "sparsity.safetensors",

@@ -46,7 +46,7 @@ def make_runner(
 
 def make_trainer(runner: E2ETrainingRunner) -> E2ETrainer[Any, Any]:
     """The trainer that `runner.run()` would make."""
-    return runner._make_trainer()
+    return runner.make_trainer()
 
 
 def gradients(trainer: E2ETrainer[Any, Any], tokens: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,139 +1,160 @@
-"""Evaluate one SAE on tokens it was not trained on."""
+"""Evaluate SAEs on tokens they were not trained on, in one pass over the data."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from datasets import Dataset
 from sae_lens import SAE
-from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import get_special_token_ids
-from torch import Tensor
+from sae_lens.config import HfDataset
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from sae_lens_e2e.losses import downstream_mse
-from sae_lens_e2e.splice import Splice, make_splice
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an SAE does to its language model, over `n_tokens` held-out tokens.
-
-    Losses are in nats per token, as SAELens' `run_evals` computes them; `downstream_mse` is the mean squared error of each
-    later layer's activation with the SAE spliced in, over tokens and dimensions. A feature is alive if it fired at all.
-    """
-
-    n_tokens: int
-    ce_loss_without_sae: float
-    ce_loss_with_sae: float
-    kl: float
-    l0: float
-    n_alive: int
-    d_sae: int
-    downstream_mse: dict[str, float]
-
-    @property
-    def ce_loss_increase(self) -> float:
-        """Nats of cross-entropy that splicing in the SAE costs."""
-        return self.ce_loss_with_sae - self.ce_loss_without_sae
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready figures."""
-        return {**asdict(self), "ce_loss_increase": self.ce_loss_increase}
+from sae_lens_e2e.evaluation.one_pass import OnePass
+from sae_lens_e2e.evaluation.result import Evaluation
+from sae_lens_e2e.evaluation.running import check_evaluable, inference
+from sae_lens_e2e.evaluation.tokens import Setting, token_batches
+from sae_lens_e2e.splice import Splice, frozen, make_splice
+from sae_lens_e2e.step import StepPlan
 
 
 def evaluate(
     sae: SAE[Any],
     model: HookedRootModule,
-    dataset: Dataset,
+    dataset: HfDataset,
     *,
     batch_size_prompts: int = 16,
     downstream_hooks: Sequence[str] | None = None,
+    n_batches: int | None = None,
+    max_tokens: int | None = None,
+    context_size: int | None = None,
+    alive_tokens: int = 500_000,
+    model_kwargs: Mapping[str, Any] | None = None,
+    verbose: bool = True,
 ) -> Evaluation:
-    """Evaluate `sae` on every whole batch of a tokenised dataset, at the hook and context size in its metadata.
+    """What `sae` costs the language model, what it keeps of its activations, and how its features fire.
 
-    `downstream_hooks` default to the input of every later block and the output of the last. Raises ValueError if the dataset
-    is shorter than one batch, or the metadata name no hook.
+    sae: any SAE of SAELens, trained or in training, whose metadata say where it sits and which tokens it saw.
+    dataset: one split, tokenised (`input_ids` or `tokens`) or text, read as SAELens reads it for training.
+    batch_size_prompts: prompts a forward pass; the last prompts, if they fill no batch, are left out.
+    downstream_hooks: later hooks to compare; left out, the input of every later block and the output of the last.
+    n_batches, max_tokens: at most so many are evaluated; left out, the whole dataset.
+    context_size: tokens a prompt; left out, as in the SAE's metadata.
+    alive_tokens: among how many measured tokens a feature has to fire to be alive; by default the paper's 500,000.
+    model_kwargs: what the language model's forward pass takes besides tokens.
+    verbose: show a progress bar.
+
+    The data are read once, and memory does not grow with their size. Definitions are SAELens' where its `run_evals` has the
+    figure; those of `Evaluation` say so. Raises ValueError before any long work for a hook the model does not have, an SAE
+    that does not fit it, metadata that are missing, and a dataset that is empty or shorter than one batch.
     """
-    metadata = sae.cfg.metadata
-    n_batches = len(dataset) // batch_size_prompts
-    if n_batches == 0:
-        raise ValueError(f"the dataset has {len(dataset)} prompts, fewer than batch_size_prompts={batch_size_prompts}")
-    excluded = _excluded_tokens(metadata.exclude_special_tokens, model)
-    # Whole batches only, so that run_evals' two passes over the data see the same prompts.
-    store = ActivationsStore.from_sae(
+    return evaluate_many(
+        {"sae": sae},
         model,
-        sae,
-        dataset.select(range(n_batches * batch_size_prompts)),
-        streaming=False,
-        store_batch_size_prompts=batch_size_prompts,
-        total_tokens=0,
-        device=str(sae.device),
-    )
-    config = EvalConfig(
+        dataset,
         batch_size_prompts=batch_size_prompts,
-        n_eval_reconstruction_batches=n_batches,
-        compute_ce_loss=True,
-        compute_kl=True,
-        n_eval_sparsity_variance_batches=n_batches,
-        compute_sparsity_metrics=True,
-        compute_featurewise_density_statistics=True,
-    )
-    metrics, features = run_evals(
-        sae, store, model, ActivationScaler(), config, exclude_special_tokens=excluded, verbose=True
-    )
-    performance = metrics["model_performance_preservation"]
-    batches = (store.get_batch_tokens(batch_size_prompts) for _ in range(n_batches))
-    return Evaluation(
-        n_tokens=n_batches * batch_size_prompts * store.context_size,
-        ce_loss_without_sae=performance["ce_loss_without_sae"],
-        ce_loss_with_sae=performance["ce_loss_with_sae"],
-        kl=metrics["model_behavior_preservation"]["kl_div_with_sae"],
-        l0=metrics["sparsity"]["l0"],
-        n_alive=sum(density > 0 for density in features["feature_density"]),
-        d_sae=sae.cfg.d_sae,
-        downstream_mse=_downstream_mse(
-            sae, model, tqdm(batches, "Downstream MSE", n_batches, leave=False), downstream_hooks, excluded
-        ),
-    )
-
-
-def _excluded_tokens(setting: bool | list[int] | None, model: HookedRootModule) -> list[int]:
-    if setting is True:
-        return get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
-    return setting or []
+        downstream_hooks=downstream_hooks,
+        n_batches=n_batches,
+        max_tokens=max_tokens,
+        context_size=context_size,
+        alive_tokens=alive_tokens,
+        model_kwargs=model_kwargs,
+        verbose=verbose,
+    )["sae"]
 
 
 @torch.no_grad()
-def _downstream_mse(
-    sae: SAE[Any], model: HookedRootModule, batches: Any, hooks: Sequence[str] | None, excluded: list[int]
-) -> dict[str, float]:
-    """The MSE at each hook, weighted by the tokens of each batch."""
-    metadata = sae.cfg.metadata
-    if hooks is None:
-        hooks = make_splice(model, metadata.hook_name, metadata.hook_head_index).later_layers
-    splice = make_splice(model, metadata.hook_name, metadata.hook_head_index, hooks)
-    sums, n_tokens = dict.fromkeys(hooks, 0.0), 0
-    for tokens in batches:
-        mask = ~torch.isin(tokens, torch.tensor(excluded, device=tokens.device))
-        n = int(mask.sum())
-        for hook, mse in _batch_mse(sae, splice, tokens, mask).items():
-            sums[hook] += mse * n
-        n_tokens += n
-    return {hook: total / n_tokens for hook, total in sums.items()}
+def evaluate_many(
+    saes: Mapping[str, SAE[Any]],
+    model: HookedRootModule,
+    dataset: HfDataset,
+    *,
+    batch_size_prompts: int = 16,
+    downstream_hooks: Sequence[str] | None = None,
+    n_batches: int | None = None,
+    max_tokens: int | None = None,
+    context_size: int | None = None,
+    alive_tokens: int = 500_000,
+    model_kwargs: Mapping[str, Any] | None = None,
+    verbose: bool = True,
+) -> dict[str, Evaluation]:
+    """`evaluate` for several SAEs at one hook, by name: the model's clean and ablated passes are shared.
+
+    Raises ValueError, besides what `evaluate` raises it for, if the SAEs sit at different hooks or read tokens differently.
+    """
+    _check_limits(
+        batch_size_prompts=batch_size_prompts, n_batches=n_batches, max_tokens=max_tokens, alive_tokens=alive_tokens
+    )
+    setting = _shared_setting(saes, model, context_size)
+    splice = _checked_splice(saes, model, setting, downstream_hooks, model_kwargs)
+    batches = token_batches(dataset, model, setting, batch_size_prompts)
+    tokens_per_batch = batch_size_prompts * setting.context_size
+    limit = _limit(batches.n_batches, n_batches, max_tokens, tokens_per_batch)
+    plan = StepPlan(
+        batch_size_prompts, setting.seqpos_slice, torch.tensor(setting.exclude_special_tokens, dtype=torch.long)
+    )
+    one_pass = OnePass(splice, saes, alive_tokens)
+    with ExitStack() as stack:
+        for context in (frozen(model), *map(inference, saes.values())):
+            stack.enter_context(context)
+        bar = tqdm(
+            desc="Evaluating",
+            total=None if limit is None else limit * tokens_per_batch,
+            unit="tok",
+            unit_scale=True,
+            leave=False,
+            disable=not verbose,
+        )
+        stack.enter_context(bar)
+        for number, tokens in enumerate(batches, start=1):
+            one_pass.add(tokens, plan.trained_positions(tokens))
+            bar.update(tokens.numel())
+            if number == limit:
+                break
+    return {name: one_pass.evaluation(name, setting) for name in saes}
 
 
-def _batch_mse(sae: SAE[Any], splice: Splice, tokens: Tensor, mask: Tensor) -> dict[str, float]:
-    clean = splice.clean(tokens)
-    x = splice.read(clean.activation)
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    x_hat = sae.decode(sae.encode(x.to(sae.device))).to(x.device, x.dtype)
-    x_hat = torch.where(mask[..., None], x_hat, x)
-    spliced = splice.spliced(clean, splice.write(clean.activation, x_hat))
-    kept = {hook: activation[mask] for hook, activation in clean.downstream.items()}
-    mse = downstream_mse({hook: spliced.downstream[hook][mask] for hook in kept}, kept)
-    return {hook: float(value) for hook, value in mse.items()}
+def _check_limits(**limits: int | None) -> None:
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _shared_setting(saes: Mapping[str, SAE[Any]], model: HookedRootModule, context_size: int | None) -> Setting:
+    """The one setting of all SAEs. Raises ValueError for those that cannot be evaluated, or not together."""
+    if not saes:
+        raise ValueError("saes is empty; name at least one SAE")
+    for name, sae in saes.items():
+        check_evaluable(name, sae)
+    (first, setting), *others = ((name, Setting.of(sae, model, context_size)) for name, sae in saes.items())
+    for name, other in others:
+        setting.check_same(other, (first, name))
+    return setting
+
+
+def _checked_splice(
+    saes: Mapping[str, SAE[Any]],
+    model: HookedRootModule,
+    setting: Setting,
+    downstream_hooks: Sequence[str] | None,
+    model_kwargs: Mapping[str, Any] | None,
+) -> Splice:
+    """The model, to be spliced at the SAEs' hook. Raises ValueError if that is not there, or an SAE does not fit it."""
+    if downstream_hooks is None:
+        downstream_hooks = make_splice(model, setting.hook_name, setting.hook_head_index, (), model_kwargs).later_layers
+    splice = make_splice(model, setting.hook_name, setting.hook_head_index, downstream_hooks, model_kwargs)
+    setting.check_positions(splice.n_ctx)
+    tokens = torch.arange(min(4, setting.context_size), device=next(model.parameters()).device)[None]
+    for sae in saes.values():
+        splice.probe(tokens, sae.cfg.d_in)
+    return splice
+
+
+def _limit(available: int | None, n_batches: int | None, max_tokens: int | None, tokens_per_batch: int) -> int | None:
+    """How many batches to evaluate; None for as many as there turn out to be."""
+    if max_tokens is not None and max_tokens < tokens_per_batch:
+        raise ValueError(
+            f"max_tokens={max_tokens} is less than one batch, {tokens_per_batch} tokens; raise it, or lower batch_size_prompts"
+        )
+    of_tokens = None if max_tokens is None else max_tokens // tokens_per_batch
+    return min((limit for limit in (available, n_batches, of_tokens) if limit is not None), default=None)

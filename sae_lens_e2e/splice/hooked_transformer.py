@@ -69,6 +69,12 @@ class HookedTransformerSplice(Splice):
     def last_layer(self) -> str:
         return f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
 
+    @property
+    @override
+    def later_layers(self) -> list[str]:
+        # After the last block there are none, and its output is behind the hook.
+        return super().later_layers if self.layer < self.model.cfg.n_layers else []
+
     @override
     def clean(self, tokens: Int[Tensor, "batch pos"], stop_at_hook: bool = False) -> CleanPass:
         cache: dict[str, Tensor] = {}

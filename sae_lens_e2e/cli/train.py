@@ -1,13 +1,12 @@
-"""The command line: `sae-lens-e2e train` and `sae-lens-e2e objectives`."""
+"""`sae-lens-e2e train`: every field of E2ERunnerConfig is a flag."""
 
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import simple_parsing
 import yaml
@@ -16,38 +15,14 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from sae_lens_e2e import __version__
+from sae_lens_e2e.cli.parser import SettingsParser
 from sae_lens_e2e.config import E2ERunnerConfig
+from sae_lens_e2e.loading import is_local, load_documents, load_model
 from sae_lens_e2e.output import claim_output
-from sae_lens_e2e.plugins import available_objectives
 from sae_lens_e2e.runner import E2ETrainingRunner
 
 # Fields that both the run and the SAE have; simple_parsing tells the SAE's apart by this prefix.
 _SHARED_WITH_SAE = ("device", "dtype")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after a one-line message for whatever the user can put right."""
-    commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
-        "train": (train, "train an SAE; every field of E2ERunnerConfig is a flag"),
-        "objectives": (objectives, "list the objectives that are installed, and where each is from"),
-    }
-    parser = argparse.ArgumentParser(
-        prog="sae-lens-e2e",
-        description="Train sparse autoencoders end to end with SAELens.",
-        epilog="commands:\n" + "\n".join(f"  {name:<12} {help_text}" for name, (_, help_text) in commands.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=commands, metavar="command", help="see below; each takes --help")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parsed = parser.parse_args(argv)
-    try:
-        commands[parsed.command][0](parsed.arguments)
-    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
-        print(f"sae-lens-e2e {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train(arguments: list[str]) -> None:
@@ -55,18 +30,18 @@ def train(arguments: list[str]) -> None:
     cfg, overwrite = parse_train(arguments or ["--help"])
     if cfg.output_path is not None:
         claim_output(cfg.output_path, overwrite)
-    E2ETrainingRunner(cfg).run()
+    E2ETrainingRunner(cfg, **_local(cfg)).run()
 
 
-def objectives(arguments: list[str]) -> None:
-    """Print each objective, the package it is from, and its settings."""
-    argparse.ArgumentParser(
-        prog="sae-lens-e2e objectives", description="List the objectives that are installed, and where each is from."
-    ).parse_args(arguments)
-    for name, found in sorted(available_objectives().items()):
-        settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found.objective))
-        summary = (found.objective.__doc__ or "").strip().splitlines()[0]
-        print(f"{name}  (from {found.origin})\n    {summary}\n    {settings}")
+def _local(cfg: E2ERunnerConfig[Any]) -> dict[str, Any]:
+    """The runner's overrides for a model or dataset that SAELens has no name for: the embedded ones, or a folder's."""
+    overrides: dict[str, Any] = {}
+    if is_local(cfg.model_name):
+        assert cfg.llm_device is not None
+        overrides["override_model"] = load_model(cfg.model_name, cfg.llm_device)
+    if is_local(cfg.dataset_path):
+        overrides["override_dataset"], _ = load_documents(cfg.dataset_path, held_out=0)
+    return overrides
 
 
 def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any], bool]:
@@ -80,7 +55,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any], bool]:
     if from_file.config is not None:
         flags = [*config_file_flags(from_file.config), *flags]
 
-    parser = _Parser(prog="sae-lens-e2e train", description="Train an SAE with an end-to-end objective.")
+    parser = SettingsParser(prog="sae-lens-e2e train", description="Train an SAE with an end-to-end objective.")
     parser.add_argument("--config", metavar="FILE", help="take settings from a YAML or JSON file; flags override it")
     parser.add_argument(
         "--overwrite", action="store_true", help="write to output_path even if what is there is not one of our runs"
@@ -167,14 +142,3 @@ def _objective(text: str) -> Any:
 
 def _yes_or_ids(text: str) -> bool | list[int]:
     return yaml.safe_load(text)
-
-
-class _Parser(simple_parsing.ArgumentParser):
-    """Says what is wrong in one line, where argparse would print the usage of a hundred flags first."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

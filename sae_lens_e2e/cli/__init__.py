@@ -1,0 +1,48 @@
+"""The command line, `sae-lens-e2e`: one module a command, or a few that belong together."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from sae_lens.training._interruption import InterruptedException
+
+from sae_lens_e2e import __version__
+from sae_lens_e2e.cli.measure import evaluate, sweep
+from sae_lens_e2e.cli.objectives import objectives
+from sae_lens_e2e.cli.report import report
+from sae_lens_e2e.cli.share import convert, dashboard, upload
+from sae_lens_e2e.cli.train import train
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "train": (train, "train an SAE; every field of E2ERunnerConfig is a flag"),
+    "sweep": (sweep, "train and evaluate a grid of SAEs from one file"),
+    "evaluate": (evaluate, "measure what SAEs cost their language model"),
+    "report": (report, "everything the paper measured and drew, of any SAEs, on one page"),
+    "objectives": (objectives, "list the objectives that are installed, and where each is from"),
+    "convert": (convert, "turn Apollo's SAEs, or any of SAELens', into folders for Neuronpedia"),
+    "dashboard": (dashboard, "run SAEDashboard on a folder"),
+    "upload": (upload, "put folders on the Hugging Face Hub, with a model card"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 after a one-line message for whatever the user can put right, or 130 if interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="sae-lens-e2e",
+        description="Train sparse autoencoders end to end with SAELens.",
+        epilog="commands:\n" + "\n".join(f"  {name:<12} {help_text}" for name, (_, help_text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; each takes --help")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(argv)
+    try:
+        COMMANDS[parsed.command][0](parsed.arguments)
+    except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
+        print(f"sae-lens-e2e {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except InterruptedException:
+        print(f"sae-lens-e2e {parsed.command}: interrupted; what was trained is in the checkpoints", file=sys.stderr)
+        return 130
+    return 0

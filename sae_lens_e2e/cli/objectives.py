@@ -1,0 +1,17 @@
+"""`sae-lens-e2e objectives`: what is installed."""
+
+import dataclasses
+
+from sae_lens_e2e.cli.parser import Parser
+from sae_lens_e2e.plugins import available_objectives
+
+
+def objectives(arguments: list[str]) -> None:
+    """Print each objective, the package it is from, and its settings."""
+    Parser(
+        prog="sae-lens-e2e objectives", description="List the objectives that are installed, and where each is from."
+    ).parse_args(arguments)
+    for name, found in sorted(available_objectives().items()):
+        settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found.objective))
+        summary = (found.objective.__doc__ or "").strip().splitlines()[0]
+        print(f"{name}  (from {found.origin})\n    {summary}\n    {settings}")

@@ -1,0 +1,149 @@
+"""What all SAEs of a report are measured on: one language model, one hook, the same tokens."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.HookedRootModule import HookedRootModule
+
+from sae_lens_e2e.evaluation.tokens import Setting
+from sae_lens_e2e.loading import load_documents, load_model, tokenised
+from sae_lens_e2e.report.sources import Member, Skipped, one_line
+from sae_lens_e2e.report.store import fingerprint, fingerprint_of_module
+from sae_lens_e2e.splice import Splice, make_splice
+
+_COLUMNS = ("input_ids", "tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A language model, and the tokens that every measure reads, in whole batches."""
+
+    model: HookedRootModule
+    model_name: str
+    dataset_name: str
+    setting: Setting
+    tokens: Int[Tensor, "prompts pos"]
+    batch_size_prompts: int
+    identity: str
+    """A digest of the model's weights and of the tokens."""
+
+    @property
+    def short_model_name(self) -> str:
+        """The model's name without the folders that it lies in."""
+        return "/".join(Path(self.model_name).parts[-2:])
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens a measure reads."""
+        return self.tokens.numel()
+
+    @property
+    def splice(self) -> Splice:
+        """The model, to be spliced at the SAEs' hook."""
+        return make_splice(self.model, self.setting.hook_name, self.setting.hook_head_index)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The tokens as a dataset, a row a prompt."""
+        return Dataset.from_dict({"input_ids": self.tokens.numpy()})
+
+    def batches(self) -> Iterator[Int[Tensor, "prompts pos"]]:
+        """The tokens on the model's device, a batch at a time."""
+        device = next(self.model.parameters()).device
+        return (batch.to(device) for batch in self.tokens.split(self.batch_size_prompts))
+
+
+def set_up(
+    members: Sequence[Member],
+    model: str | HookedRootModule | None,
+    dataset: str | Dataset | None,
+    max_tokens: int,
+    batch_size_prompts: int,
+    device: str,
+) -> tuple[Bench, list[Member], list[Skipped]]:
+    """Load the model and data that SAEs are to be measured on, and say which SAEs do not fit.
+
+    `model` and `dataset` are names, or the things themselves; left at None, they are what the SAEs' metadata name. Raises
+    ValueError or OSError for what is not there, SAEs that read tokens differently, a dataset that is too short, or if
+    no SAE fits.
+    """
+    metadata = members[0].sae.cfg.metadata
+    model_name = model if isinstance(model, str) else metadata.model_name
+    if model is None and model_name is None:
+        raise ValueError("the SAEs' metadata name no model; say which with model=")
+    dataset_name = dataset if isinstance(dataset, str) else _dataset_name(members, given=dataset is not None)
+    if not isinstance(model, HookedRootModule):
+        assert model_name is not None
+        kwargs = metadata.model_from_pretrained_kwargs
+        model = load_model(model_name, device, metadata.model_class_name or "HookedTransformer", kwargs)
+    setting = _setting(members, model)
+    splice = make_splice(model, setting.hook_name, setting.hook_head_index)
+    setting.check_positions(splice.n_ctx)
+    documents = load_documents(dataset_name)[1] if isinstance(dataset, str) or dataset is None else dataset
+    tokens = _tokens(documents, model, setting.context_size, max_tokens, batch_size_prompts)
+    kept, skipped = _fitting(members, splice, tokens[:1, :4].to(next(model.parameters()).device))
+    identity = f"{fingerprint_of_module(model)}-{fingerprint({'tokens': tokens})}"
+    batch_size = min(batch_size_prompts, len(tokens))
+    return Bench(model, str(model_name), dataset_name, setting, tokens, batch_size, identity), kept, skipped
+
+
+def _dataset_name(members: Sequence[Member], given: bool) -> str:
+    names = {str(member.sae.cfg.metadata.dataset_path) for member in members}
+    if given:
+        return "the dataset that was passed in"
+    if len(names) > 1 or names == {"None"}:
+        raise ValueError(f"the SAEs were trained on {', '.join(sorted(names))}; say what to measure on with dataset=")
+    return names.pop()
+
+
+def _setting(members: Sequence[Member], model: HookedRootModule) -> Setting:
+    (first, setting), *others = ((member.name, Setting.of(member.sae, model)) for member in members)
+    for name, other in others:
+        setting.check_same(other, (first, name))
+    return setting
+
+
+def _tokens(
+    documents: Dataset, model: HookedRootModule, context_size: int, max_tokens: int, batch_size_prompts: int
+) -> Int[Tensor, "prompts pos"]:
+    """The first prompts of a dataset, as many whole batches as `max_tokens` allows."""
+    if not isinstance(documents, Dataset):
+        raise ValueError(f"dataset is a {type(documents).__name__}; give a datasets.Dataset, or a name")
+    rows = tokenised(documents, model, context_size)
+    n_prompts = min(len(rows), max_tokens // context_size)
+    n_prompts -= n_prompts % batch_size_prompts if n_prompts > batch_size_prompts else 0
+    if n_prompts == 0:
+        raise ValueError(
+            f"there are {len(rows)} prompts of {context_size} tokens, and max_tokens={max_tokens}; give more of what is short"
+        )
+    column = next(name for name in _COLUMNS if name in rows.column_names)
+    prompts = rows.select(range(n_prompts))[column]
+    if (shortest := min(map(len, prompts))) < context_size:
+        raise ValueError(
+            f"the dataset has a row of {shortest} tokens, fewer than the SAEs' context_size={context_size}"
+        )
+    return torch.tensor([list(prompt[:context_size]) for prompt in prompts], dtype=torch.long)
+
+
+def _fitting(
+    members: Sequence[Member], splice: Splice, tokens: Int[Tensor, "1 pos"]
+) -> tuple[list[Member], list[Skipped]]:
+    reasons = {member.name: _misfit(member, splice, tokens) for member in members}
+    skipped = [Skipped(name, reason) for name, reason in reasons.items() if reason is not None]
+    if len(skipped) == len(members):
+        raise ValueError(f"no SAE fits the model; {skipped[0].name}: {skipped[0].reason}")
+    return [member for member in members if reasons[member.name] is None], skipped
+
+
+def _misfit(member: Member, splice: Splice, tokens: Int[Tensor, "1 pos"]) -> str | None:
+    """Why an SAE does not fit the model, if it does not."""
+    try:
+        splice.probe(tokens, member.sae.cfg.d_in)
+    except ValueError as error:
+        return one_line(error)
+    return None

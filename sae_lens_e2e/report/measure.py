@@ -1,0 +1,49 @@
+"""What a report measures."""
+
+from collections.abc import Sequence
+
+from sae_lens_e2e.report.bench import Bench
+from sae_lens_e2e.report.close_up import measure_all_directions, measure_all_faithfulness, measure_geometry
+from sae_lens_e2e.report.evaluations import evaluate_all
+from sae_lens_e2e.report.results import Results
+from sae_lens_e2e.report.selection import similar_set
+from sae_lens_e2e.report.sources import Member, Skipped
+from sae_lens_e2e.report.store import Store
+
+MEASURES = ("evaluation", "geometry", "directions", "faithfulness")
+"""Each may be left out."""
+
+
+def check_measures(measures: Sequence[str]) -> None:
+    """Raises ValueError for a measure that there is not, or none at all."""
+    if unknown := [measure for measure in measures if measure not in MEASURES]:
+        raise ValueError(f"measure {unknown[0]!r} is unknown; it is one of {', '.join(MEASURES)}")
+    if not measures:
+        raise ValueError(f"measures is empty; name at least one of {', '.join(MEASURES)}")
+
+
+def measure_all(
+    members: Sequence[Member],
+    skipped: Sequence[Skipped],
+    bench: Bench,
+    store: Store,
+    measures: Sequence[str] = MEASURES,
+    verbose: bool = True,
+) -> Results:
+    """Measure SAEs on the bench, all of them or those that are looked at closely.
+
+    Closely looked at are one SAE of each objective, of similar CE loss increase, as in the paper; all, if that is not measured.
+    Raises ValueError if no SAE has a live feature.
+    """
+    results = Results(list(members), list(skipped), compared=[member.name for member in members])
+    alive = {}
+    if "evaluation" in measures:
+        alive = evaluate_all(results, bench, store, verbose)
+        results.compared = similar_set(results.evaluations)
+    if "geometry" in measures:
+        measure_geometry(results, bench, store, alive, verbose)
+    if "directions" in measures:
+        measure_all_directions(results, bench, store)
+    if "faithfulness" in measures:
+        measure_all_faithfulness(results, bench, store, verbose)
+    return results

@@ -1,0 +1,77 @@
+"""What a report has measured, kept beside it so that the same call does not measure it again."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sae_lens_e2e import __version__
+
+Result = TypeVar("Result")
+
+
+class Store:
+    """JSON files in a folder, one for each SAE, measure and settings."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, key: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Result]) -> Result | None:
+        """What was put under `key`, made by `read` from its figures; None if nothing was, or it cannot be read any more."""
+        try:
+            return read(json.loads(self._file(key).read_text())["figures"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        """Keep JSON-ready figures under `key`, which names the `measure`, the SAE and everything that they depend on."""
+        write_whole(self._file(key), json.dumps({"key": key, "figures": figures}, default=str))
+
+    def _file(self, key: Mapping[str, Any]) -> Path:
+        # Another version may measure otherwise.
+        text = json.dumps([__version__, key], sort_keys=True, default=str)
+        return self.folder / f"{key['measure']}-{digest(text)}.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and move it into place; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        # A temporary file is nobody else's to read; what is written is as any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def fingerprint_of_module(module: nn.Module) -> str:
+    """A digest of a module's weights, the same wherever they lie."""
+    return fingerprint(dict(module.state_dict()))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of tensors by name."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        # Numpy has no bfloat16; bytes are all that matters.
+        values = tensor.detach().cpu().contiguous()
+        hashed.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        hashed.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def digest(text: str) -> str:
+    """A short digest of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

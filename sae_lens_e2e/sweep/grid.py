@@ -1,0 +1,136 @@
+"""What a sweep file says: a base configuration, and a grid of what varies over it."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sae_lens import LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from sae_lens_e2e.config import E2ERunnerConfig
+
+_SECTIONS = ("name", "base", "grid", "evaluation")
+_EVALUATION = ("batch_size_prompts", "max_tokens", "held_out")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One SAE of a sweep."""
+
+    name: str
+    """What varies, fit for a folder: 'e2e_ds-l1_coefficient=0.1-seed=0'."""
+    settings: Mapping[str, Any]
+    """As in the file, base and grid together."""
+
+    def config(self, folder: Path) -> E2ERunnerConfig[Any]:
+        """The run that trains it into `folder`. Raises ValueError, naming the field, for what cannot be honoured."""
+        settings = {
+            "logger": {"log_to_wandb": False},
+            **deepcopy(dict(self.settings)),
+            "output_path": str(folder),
+            "checkpoint_path": str(folder / "checkpoints"),
+        }
+        try:
+            return E2ERunnerConfig.from_dict(settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"point {self.name}: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to train and evaluate, in the order of the file."""
+
+    name: str
+    points: tuple[Point, ...]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """`batch_size_prompts` and `max_tokens` of the evaluation, and `held_out`, the part of the documents kept for it."""
+    content: Mapping[str, Any] = field(default_factory=dict)
+    """All of the file."""
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """The sweep in a YAML or JSON file.
+
+    `base` holds fields of `E2ERunnerConfig`, the SAE's under `sae` (with its `architecture`) and the logger's under
+    `logger`. `grid` is a mapping, or a list of mappings, from fields (`objective`, `seed`, `sae.l1_coefficient`) to a value or
+    a list of values; every combination within a mapping is a point. Raises ValueError, naming what is wrong, before
+    anything is run.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no sweep file {str(path)!r}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not {"base", "grid"} <= content.keys():
+        raise ValueError(f"{path} is not a sweep: it needs a 'base' and a 'grid'")
+    _refuse_unknown(content, _SECTIONS, "section")
+    _refuse_unknown(content.get("evaluation") or {}, _EVALUATION, "evaluation")
+    grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
+    points = [point for grid in grids for point in _points(content["base"], grid)]
+    names = [point.name for point in points]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: point {twice[0]} is there twice; a field of the grid must tell them apart")
+    for point in points:
+        point.config(path.parent)
+    return Sweep(content.get("name") or path.stem, tuple(points), content.get("evaluation") or {}, content)
+
+
+def _points(base: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Point]:
+    axes = {key: value if isinstance(value, list) else [value] for key, value in grid.items()}
+    if empty := [key for key, values in axes.items() if not values]:
+        raise ValueError(f"grid: {empty[0]} has no values; give it some, or leave it out")
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        settings = deepcopy(dict(base))
+        for key, value in chosen.items():
+            _set(settings, key, value)
+        _refuse_unknown_settings(settings)
+        yield Point(_name(chosen), settings)
+
+
+def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+    """`settings['sae']['k'] = 8` for the key 'sae.k'."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+    settings[last] = value
+
+
+def _name(chosen: Mapping[str, Any]) -> str:
+    parts = []
+    for key, value in chosen.items():
+        if key == "objective":
+            settings = value if isinstance(value, dict) else {}
+            given = {k: v for k, v in settings.items() if k != "name" and not isinstance(v, (list, dict))}
+            name = value["name"] if isinstance(value, dict) else value
+            parts.append("-".join([str(name), *(f"{k}={v}" for k, v in given.items())]))
+        else:
+            parts.append(f"{key.split('.')[-1]}={value}")
+    return re.sub(r"[^\w.=+-]+", "_", "-".join(parts)) or "only"
+
+
+def _refuse_unknown_settings(settings: Mapping[str, Any]) -> None:
+    _refuse_unknown(settings, [f.name for f in fields(E2ERunnerConfig)], "setting")
+    _refuse_unknown(settings.get("logger") or {}, [f.name for f in fields(LoggingConfig)], "logger")
+    sae = settings.get("sae")
+    if not isinstance(sae, Mapping) or sae.get("architecture") not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"base: 'sae' needs an 'architecture', one of {', '.join(SAE_TRAINING_CLASS_REGISTRY)}, beside d_in and d_sae"
+        )
+    known = [f.name for f in fields(SAE_TRAINING_CLASS_REGISTRY[sae["architecture"]][1])]
+    _refuse_unknown(sae, [*known, "architecture"], "sae")
+
+
+def _refuse_unknown(found: Mapping[str, Any], known: Any, where: str) -> None:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where} {found!r} is not a mapping of settings to values")
+    for key in found:
+        if key not in known:
+            raise ValueError(f"{where} {key!r} is unknown; it is one of {', '.join(known)}")

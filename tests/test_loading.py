@@ -1,0 +1,142 @@
+"""Models and data by name: the embedded ones, and those in folders and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from sae_lens.load_model import HookedProxyLM
+from safetensors.torch import save_file
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from sae_lens_e2e import embedded
+from sae_lens_e2e.loading import is_local, load_documents, load_model, tokenised
+from tests.models import random_tokens
+
+TEXTS = [f"Once upon a time there were {n} little birds." for n in range(20)]
+
+
+def folder_with_tokenizer(folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(embedded.__file__).parent), local_files_only=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logits(model: HookedTransformer, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens)
+
+
+def test_the_embedded_model_and_stories_by_name() -> None:
+    model = load_model("embedded")
+    train, held_out = load_documents("embedded")
+    assert isinstance(model, HookedTransformer)
+    assert isinstance(train, Dataset)
+    assert len(train) == len(embedded.load_dataset("train"))
+    assert len(held_out) == len(embedded.load_dataset("held_out"))
+    assert is_local("embedded")
+    assert not is_local("no/such-model")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_transformer_lens_folder(tied: bool, tmp_path: Path) -> None:
+    model = embedded.load_model()
+    (tmp_path / "transformer_lens").mkdir()
+    settings = json.loads((Path(embedded.__file__).parent / "config.json").read_text())
+    (tmp_path / "transformer_lens" / "config.json").write_text(json.dumps(settings))
+    weights = {name: parameter.data.clone() for name, parameter in model.named_parameters() if name != "unembed.b_U"}
+    if tied:
+        del weights["unembed.W_U"]
+    save_file(weights, tmp_path / "transformer_lens" / "model.safetensors")
+    folder_with_tokenizer(tmp_path / "huggingface")
+    loaded = load_model(str(tmp_path))
+    assert isinstance(loaded, HookedTransformer)
+    tokens = random_tokens(2, 8, 1024)
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens))
+
+    save_file(
+        {k: v for k, v in weights.items() if "ln1.w" not in k}, tmp_path / "transformer_lens" / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"model.safetensors has no blocks\.0\.ln1\.w"):
+        load_model(str(tmp_path))
+
+
+def test_a_hugging_face_folder(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    model = load_model(str(folder_with_tokenizer(tmp_path)))
+    assert isinstance(model, HookedProxyLM)
+
+
+def test_a_model_of_apollos(tmp_path: Path) -> None:
+    settings = {
+        "n_layers": 1,
+        "d_model": 8,
+        "d_head": 4,
+        "n_ctx": 8,
+        "d_vocab": 16,
+        "act_fn": "gelu",
+        "dtype": "float32",
+    }
+    (tmp_path / "final_config.yaml").write_text(yaml.safe_dump({"tlens_config": settings}))
+    settings["dtype"] = torch.float32
+    model = HookedTransformer(HookedTransformerConfig(**settings))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = load_model(str(tmp_path / "model.pt"))
+    assert isinstance(loaded, HookedTransformer)
+    tokens = random_tokens(1, 8, 16)
+    torch.testing.assert_close(logits(loaded, tokens), logits(model.eval(), tokens))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder", "saved"])
+def test_documents_of_files_and_folders_keep_the_last_tenth(kind: str, tmp_path: Path) -> None:
+    dataset = Dataset.from_dict({"text": TEXTS})
+    path = tmp_path / {"jsonl": "a.jsonl", "parquet": "a.parquet"}.get(kind, "data")
+    if kind == "saved":
+        dataset.save_to_disk(str(path))
+    elif kind == "parquet":
+        dataset.to_parquet(str(path))
+    elif kind == "folder":
+        path.mkdir()
+        dataset.to_parquet(str(path / "a.parquet"))
+    else:
+        dataset.to_json(str(path))
+    train, held_out = load_documents(str(path))
+    assert isinstance(train, Dataset)
+    assert list(train["text"]) == TEXTS[:18]
+    assert list(held_out["text"]) == TEXTS[18:]
+    assert list(load_documents(str(path), held_out=0)[0]["text"]) == TEXTS
+
+
+def test_text_is_packed_into_rows_and_tokens_are_passed_through() -> None:
+    model = load_model("embedded")
+    rows = tokenised(Dataset.from_dict({"text": TEXTS}), model, 16)
+    assert {len(row) for row in rows["input_ids"]} == {16}
+    tokenizer: Any = model.tokenizer
+    assert {row[0] for row in rows["input_ids"]} == {tokenizer.bos_token_id}
+    tokens = Dataset.from_dict({"tokens": [[1, 2], [3, 4]]})
+    assert tokenised(tokens, model, 2) is tokens
+    with pytest.raises(ValueError, match=r"no column of tokens .* it has story"):
+        tokenised(Dataset.from_dict({"story": TEXTS}), model, 16)
+    with pytest.raises(ValueError, match="it has nothing"):
+        tokenised(Dataset.from_dict({"text": []}), model, 16)
+
+
+def test_what_is_nowhere_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Read when the libraries are imported, so that setting the environment variable would come too late.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"model 'gpt2-xl'.*'embedded' needs no network") as error:
+        load_model("gpt2-xl")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="model 'gpt2-no-such' is none that HookedTransformer knows"):
+        load_model("gpt2-no-such")
+    with pytest.raises(ConnectionError, match="dataset 'someone/no-such'"):
+        load_documents("someone/no-such")
+    (tmp_path / "notes.txt").write_text("no data")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(ValueError, match=r"is no .parquet, .jsonl, .json file, nor a folder of them"):
+            load_documents(str(path))
