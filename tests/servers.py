@@ -77,7 +77,7 @@ class WandbServer:
 @contextmanager
 def hub(files: Mapping[str, bytes]) -> Iterator[Hub]:
     """A Hugging Face Hub that serves `files`, named `owner/repo/path`, and takes uploads."""
-    with tempfile.TemporaryDirectory() as cache, _serving(_HubRequest) as server, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as cache, serving(_HubRequest) as server, pytest.MonkeyPatch.context() as patch:
         url = f"http://127.0.0.1:{server.server_port}"
         server.contents = Hub(url, Path(cache), dict(files))
         # huggingface_hub reads its environment once, when it is first imported.
@@ -101,7 +101,7 @@ def wandb_server(runs: Mapping[str, Mapping[str, bytes]]) -> Iterator[WandbServe
     """A W&B server with `runs`, named `entity/project/run`, each with its files."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        _serving(_WandbRequest) as server,
+        serving(_WandbRequest) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
         url = f"http://127.0.0.1:{server.server_port}"
@@ -119,14 +119,15 @@ def wandb_server(runs: Mapping[str, Mapping[str, bytes]]) -> Iterator[WandbServe
             wandb.teardown()
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
     contents: Any
 
 
 @contextmanager
-def _serving(request: type["_Request"]) -> Iterator[_Server]:
-    server = _Server(("127.0.0.1", 0), request)
+def serving(request: type[BaseHTTPRequestHandler]) -> Iterator[Server]:
+    """A server of such requests on a port of its own, stopped on exit."""
+    server = Server(("127.0.0.1", 0), request)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -166,7 +167,7 @@ class _Request(BaseHTTPRequestHandler):
 class _HubRequest(_Request):
     @property
     def hub(self) -> Hub:
-        return cast(_Server, self.server).contents
+        return cast(Server, self.server).contents
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path).strip("/")
@@ -240,7 +241,7 @@ class _HubRequest(_Request):
 class _WandbRequest(_Request):
     @property
     def wandb(self) -> WandbServer:
-        return cast(_Server, self.server).contents
+        return cast(Server, self.server).contents
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)

@@ -142,8 +142,8 @@ class TestBadInput:
             (yaml.dump(run_config()), "no 'tlens_config'"),
             ("", "no 'tlens_config'"),
             ("tlens_config: gpt2", "no 'tlens_config'"),
-            ("a: [1, 2\nb: }", "is not a YAML file"),
-            ("x: !!python/object/apply:os.mkdir [here]", "is not a YAML file"),
+            ("a: [1, 2\nb: }", "is neither YAML nor JSON"),
+            ("x: !!python/object/apply:os.mkdir [here]", "is neither YAML nor JSON"),
         ],
     )
     def test_the_config_of_something_else(self, saved: Path, text: str, says: str) -> None:

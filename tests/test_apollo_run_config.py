@@ -483,8 +483,8 @@ class TestRefused:
             ("saes: 3\nloss: {}\ntrain_data: {}", "saes=3 is not a mapping"),
             ("saes: {}\nloss: null\ntrain_data: {}", "loss=None is not a mapping"),
             ("saes: {}\nloss: {sparsity: 0.3}\ntrain_data: {}", "loss.sparsity=0.3 is not a mapping"),
-            ("saes: {\n", "is not a YAML file"),
-            ("x: !!python/name:os.system", "is not a YAML file"),
+            ("saes: {\n", "is neither YAML nor JSON"),
+            ("x: !!python/name:os.system", "is neither YAML nor JSON"),
         ],
     )
     def test_another_file(self, tmp_path: Path, text: str, says: str) -> None:

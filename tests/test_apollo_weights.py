@@ -447,9 +447,9 @@ class TestBadInput:
             ("saes: {}\nloss: {}\ntrain_data: {}\nlr: fast\n", "lr='fast' must be a number"),
             ("saes: {}\nloss: {}\ntrain_data: {}\n", "saes.sae_positions=[]"),
             ("saes: {sae_positions: blocks.2.hook_resid_pre}\nloss: {}\ntrain_data: {}\n", "tlens_model_path"),
-            ("a: [1, 2\nb: }", "is not a YAML file"),
-            ("when: 2024-99-99", "is not a YAML file"),
-            ("x: !!python/object/apply:os.mkdir [here]", "is not a YAML file"),
+            ("a: [1, 2\nb: }", "is neither YAML nor JSON"),
+            ("when: 2024-99-99", "is neither YAML nor JSON"),
+            ("x: !!python/object/apply:os.mkdir [here]", "is neither YAML nor JSON"),
         ],
     )
     def test_a_config_that_is_none_of_apollos(
@@ -465,7 +465,7 @@ class TestBadInput:
     def test_a_config_that_is_not_text(self, tmp_path: Path) -> None:
         source = write_pair(tmp_path, "mine", run_config(), parameters())
         (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00\x01")
-        raises_one_line(ValueError, "mine.yaml", "is not a YAML file", source=source)
+        raises_one_line(ValueError, "mine.yaml", "is neither YAML nor JSON", source=source)
 
     def test_a_damaged_checkpoint(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path, run_config(), {HOOK: parameters()})

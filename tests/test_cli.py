@@ -101,7 +101,7 @@ def test_yaml_as_one_would_write_it(tmp_path: Path) -> None:
         (["--objectve", "e2e"], ["--objectve"]),
         (["--architecture", "topk", "--l1_coefficient", "1"], ["--l1_coefficient"]),
         (["--train_batch_size_tokens", "100"], ["train_batch_size_tokens=100", "4096"]),
-        (["--config", "no_such_file.yaml"], ["--config", "no_such_file.yaml"]),
+        (["--config", "no_such_file.yaml"], ["no file", "no_such_file.yaml"]),
         (["--lr", "fast"], ["--lr", "fast"]),
     ],
 )

@@ -126,7 +126,7 @@ def test_what_a_sweep_file_has_wrong_is_said_before_anything_runs(
 
 
 def test_a_file_that_is_no_sweep(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no sweep file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         read_sweep(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("base: [")
     with pytest.raises(ValueError, match="neither YAML nor JSON"):

@@ -8,11 +8,10 @@ import base64
 import hashlib
 import json
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from huggingface_hub import constants, hf_api
+
+from tests.servers import Server, serving
 
 TOKEN = "hf_of_the_test"
 
@@ -68,9 +69,9 @@ class UploadHub:
 @contextmanager
 def upload_hub() -> Iterator[UploadHub]:
     """An empty Hub."""
-    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch, _serving() as server:
-        server.hub = UploadHub(f"http://127.0.0.1:{server.server_port}")
-        url = server.hub.url
+    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch, serving(_Request) as server:
+        server.contents = UploadHub(f"http://127.0.0.1:{server.server_port}")
+        url = server.contents.url
         patch.setattr(constants, "ENDPOINT", url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_CACHE", cache)
@@ -78,30 +79,12 @@ def upload_hub() -> Iterator[UploadHub]:
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(hf_api.api, "endpoint", url)
         patch.setenv("HF_TOKEN", TOKEN)
-        yield server.hub
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    hub: UploadHub
-
-
-@contextmanager
-def _serving() -> Iterator[_Server]:
-    server = _Server(("127.0.0.1", 0), _Request)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        yield server.contents
 
 
 class _Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self):
         _, path = self._begin()
@@ -151,7 +134,7 @@ class _Request(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> UploadHub:
-        return self.server.hub
+        return self.server.contents
 
     def _begin(self) -> tuple[bytes, str]:
         if self.headers.get("Transfer-Encoding") == "chunked":

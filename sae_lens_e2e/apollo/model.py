@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from sae_lens import logger
 from sae_lens.util import str_to_dtype
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -13,6 +12,7 @@ from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_lens_e2e.apollo.checkpoint import load_tensors
+from sae_lens_e2e.yaml_file import read_yaml
 
 PROCESSED = {"fold_ln": True, "center_writing_weights": True, "center_unembed": True, "fold_value_biases": True}
 """How Apollo's library loads a model by name, as SAELens' `model_from_pretrained_kwargs`."""
@@ -79,10 +79,7 @@ def _model_settings(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is not a model of Apollo's library: it is a .pt file with final_config.yaml beside it"
         )
-    try:
-        config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file} is not a YAML file: {_one_line(error)}") from error
+    config = read_yaml(file)
     if not isinstance(config, dict) or not isinstance(config.get("tlens_config"), dict):
         raise ValueError(f"{file} is not the config of a language model: it has no 'tlens_config'")
     return dict(config["tlens_config"])

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sae_lens_e2e.objectives import E2E, E2EDownstream, Local, Objective
+from sae_lens_e2e.yaml_file import read_yaml
 
 CONFIG_FILENAME = "final_config.yaml"
 
@@ -28,12 +27,7 @@ def read_run_config(path: str | Path) -> dict[str, Any]:
     Raises ValueError if the file is none of Apollo's, FileNotFoundError if there is none.
     """
     file = Path(path) / CONFIG_FILENAME if Path(path).is_dir() else Path(path)
-    try:
-        config = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {str(file)!r}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+    config = read_yaml(file)
     missing = [key for key in _SECTIONS if not isinstance(config, dict) or key not in config]
     if missing:
         raise ValueError(f"{file} is not the config of an Apollo SAE run: it has no {missing[0]!r}")

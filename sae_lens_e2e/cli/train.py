@@ -20,6 +20,7 @@ from sae_lens_e2e.config import E2ERunnerConfig
 from sae_lens_e2e.loading import is_local, load_documents, load_model
 from sae_lens_e2e.output import claim_output
 from sae_lens_e2e.runner import E2ETrainingRunner
+from sae_lens_e2e.yaml_file import read_yaml
 
 # Fields that both the run and the SAE have; simple_parsing tells the SAE's apart by this prefix.
 _SHARED_WITH_SAE = ("device", "dtype")
@@ -71,12 +72,7 @@ def config_file_flags(path: Path) -> list[str]:
     Takes what `E2ERunnerConfig.to_dict` writes, so a run's own runner_cfg.json repeats it. Raises ValueError for a file
     that is no mapping of settings, FileNotFoundError if there is none.
     """
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config: there is no file {str(path)!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {str(path)!r} is neither YAML nor JSON: {error}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"--config: {str(path)!r} is not a mapping of settings to values")
     sae, logger = settings.pop("sae", {}), settings.pop("logger", {})

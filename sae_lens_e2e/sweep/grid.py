@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_e2e.config import E2ERunnerConfig
+from sae_lens_e2e.yaml_file import read_yaml
 
 _SECTIONS = ("name", "base", "grid", "evaluation")
 _EVALUATION = ("batch_size_prompts", "max_tokens", "held_out")
@@ -62,12 +62,7 @@ def read_sweep(path: str | Path) -> Sweep:
     anything is run.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no sweep file {str(path)!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not {"base", "grid"} <= content.keys():
         raise ValueError(f"{path} is not a sweep: it needs a 'base' and a 'grid'")
     _refuse_unknown(content, _SECTIONS, "section")
