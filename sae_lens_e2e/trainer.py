@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from jaxtyping import Bool, Float, Int
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainingSAE, TrainStepInput, TrainStepOutput
@@ -112,10 +113,10 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Clip, check and apply the gradient of a step's forward passes. Raises NonFiniteLossError, with the SAE as it was."""
         self._clip_and_check(output, buffers)
         self._count_firing(output)
+        self._update_parameters()
         if self._is_logging_step():
             log = self.build_train_step_log_dict(output, self.n_training_samples)
             self.history.append({"step": self.n_training_steps, "details/seconds": self.seconds, **log})
-        self._update_parameters()
 
     def _sae_input(self, x: Float[Tensor, "tokens d_in"]) -> TrainStepInput:
         # As SAELens' store does: activations of a low-precision model are trained on in float32.
@@ -202,6 +203,13 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _is_logging_step(self) -> bool:
         # SAELens logs to W&B or not at all; the history is kept either way.
         return (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
+
+    @override
+    def _log_train_step(self, step_output: TrainStepOutput) -> None:
+        # SAELens' own would work out again what the history has already.
+        if self._is_logging_step():
+            logged = {name: value for name, value in self.history[-1].items() if name != "step"}
+            wandb.log(logged, step=self.n_training_steps)
 
     @override
     @torch.no_grad()

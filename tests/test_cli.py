@@ -200,7 +200,7 @@ def test_convert_carries_a_saelens_folder_over_with_its_sparsity(
     assert SAE.load_from_disk(tmp_path / "out").cfg.metadata.dataset_path == "elsewhere"
     sparsity = load_file(tmp_path / "out" / "sparsity.safetensors")["sparsity"]
     torch.testing.assert_close(10**sparsity, torch.full((96,), 0.25))
-    assert "--n-samples" in refused(capsys, "convert", str(folder), str(tmp_path / "out2"), "--n-samples", "800")
+    assert "n_samples=800" in refused(capsys, "convert", str(folder), str(tmp_path / "out2"), "--n-samples", "800")
 
 
 def test_evaluate_prints_a_row_each_keeps_the_figures_and_lists_what_it_skipped(

@@ -1,9 +1,10 @@
 """`sae-lens-e2e sweep` and `evaluate`: many SAEs, and what each costs its language model."""
 
+import json
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from sae_lens import SAE
+from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e.cli.parser import Parser
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
@@ -11,7 +12,7 @@ from sae_lens_e2e.evaluation import evaluate as evaluate_sae
 from sae_lens_e2e.evaluation.files import write_evaluation
 from sae_lens_e2e.evaluation.pareto import headline, sentence
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
-from sae_lens_e2e.saes import load_sae
+from sae_lens_e2e.saes import is_sae_folder, load_sae
 from sae_lens_e2e.sweep import failures, read_sweep, run_sweep
 
 _COLUMNS = ["sae", "objective", "l0", "ce_loss_increase", "kl", "n_alive", "d_sae", "n_tokens"]
@@ -53,16 +54,32 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--batch-size-prompts", type=int, default=16, help="prompts a forward pass (default: 16)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parsed = parser.parse_args(arguments or ["--help"])
+    # SAEs of one model are many, and it may be large.
+    load_model_once, load_documents_once = cache(_load_model), cache(load_documents)
     results: dict[str, Evaluation] = {}
     skipped: dict[str, str] = {}
     for source in parsed.sae:
         try:
             sae = load_sae(source, parsed.device)
-            results[source] = _evaluate_one(sae, parsed)
+            metadata = sae.cfg.metadata
+            model = load_model_once(
+                str(parsed.model or metadata.model_name),
+                parsed.device,
+                metadata.model_class_name or "HookedTransformer",
+                json.dumps(metadata.model_from_pretrained_kwargs or {}),
+            )
+            _, held_out = load_documents_once(str(parsed.dataset or metadata.dataset_path))
+            results[source] = evaluate_sae(
+                sae,
+                model,
+                tokenised(held_out, model, metadata.context_size),
+                max_tokens=parsed.max_tokens,
+                batch_size_prompts=parsed.batch_size_prompts,
+            )
         except (ValueError, TypeError, OSError) as error:
             skipped[source] = " ".join(str(error).split())
             continue
-        if Path(source).is_dir():
+        if is_sae_folder(source):
             write_evaluation(results[source], source)
     if results:
         print(evaluation_frame(results)[_COLUMNS].to_string(index=False))
@@ -70,19 +87,5 @@ def evaluate(arguments: list[str]) -> None:
         raise ValueError("; ".join(f"{source} was skipped: {reason}" for source, reason in skipped.items()))
 
 
-def _evaluate_one(sae: SAE[Any], parsed: Any) -> Evaluation:
-    metadata = sae.cfg.metadata
-    model = load_model(
-        parsed.model or metadata.model_name,
-        parsed.device,
-        metadata.model_class_name or "HookedTransformer",
-        metadata.model_from_pretrained_kwargs,
-    )
-    _, held_out = load_documents(parsed.dataset or metadata.dataset_path)
-    return evaluate_sae(
-        sae,
-        model,
-        tokenised(held_out, model, metadata.context_size),
-        max_tokens=parsed.max_tokens,
-        batch_size_prompts=parsed.batch_size_prompts,
-    )
+def _load_model(name: str, device: str, model_class_name: str, from_pretrained_kwargs: str) -> HookedRootModule:
+    return load_model(name, device, model_class_name, json.loads(from_pretrained_kwargs))

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
 
-from sae_lens_e2e.apollo import load_apollo_saes
 from sae_lens_e2e.cli.parser import Parser
 from sae_lens_e2e.dashboard import make_dashboard
 from sae_lens_e2e.dashboard.run import load_shown_sae
@@ -16,7 +14,7 @@ from sae_lens_e2e.hub import upload_to_hub
 from sae_lens_e2e.loading import is_local, load_documents, load_model
 from sae_lens_e2e.neuronpedia import save_for_neuronpedia
 from sae_lens_e2e.output import check_free
-from sae_lens_e2e.saes import is_sae_folder
+from sae_lens_e2e.saes import load_saes
 
 _METADATA = ("model_name", "dataset_path", "neuronpedia_id")
 
@@ -40,31 +38,18 @@ def convert(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write to a folder that has something in it")
     parsed = parser.parse_args(arguments or ["--help"])
     check_free(parsed.out, parsed.overwrite)
-    saes = _chosen(parsed)
+    saes = load_saes(
+        parsed.source,
+        hook_name=parsed.hook_name,
+        n_samples=parsed.n_samples,
+        fold_centring=False if parsed.no_fold_centring else None,
+    )
     metadata = {name: value for name in _METADATA if (value := getattr(parsed, name)) is not None}
     frequency = _frequency(parsed.source)
     for hook, sae in saes.items():
         folder = parsed.out if len(saes) == 1 else parsed.out / hook
         save_for_neuronpedia(sae, folder, frequency=frequency, overwrite=parsed.overwrite, **metadata)
         print(f"{hook}: {folder}")
-
-
-def _chosen(parsed: Any) -> dict[str, SAE[Any]]:
-    if is_sae_folder(parsed.source):
-        if parsed.n_samples is not None or parsed.no_fold_centring:
-            raise ValueError(
-                f"--n-samples and --no-fold-centring are for Apollo's SAEs, and {parsed.source!r} is SAELens'"
-            )
-        sae = SAE.load_from_disk(parsed.source)
-        saes: dict[str, SAE[Any]] = {str(sae.cfg.metadata.hook_name): sae}
-    else:
-        fold = False if parsed.no_fold_centring else None
-        saes = dict(load_apollo_saes(parsed.source, n_samples=parsed.n_samples, fold_centring=fold))
-    if parsed.hook_name is None:
-        return saes
-    if parsed.hook_name not in saes:
-        raise ValueError(f"--hook-name {parsed.hook_name!r}: {parsed.source} holds SAEs at {', '.join(saes)} only")
-    return {parsed.hook_name: saes[parsed.hook_name]}
 
 
 def _frequency(folder: str | Path) -> Any:

@@ -14,13 +14,14 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e.evaluation.running import check_evaluable, inference, reconstruct
+from sae_lens_e2e.evaluation.tokens import excluded_tokens
 from sae_lens_e2e.splice import Splice, frozen, make_splice
+from sae_lens_e2e.step import StepPlan
 
 # Figure 23 shows the first 25. Of the rest, to d_in, a few do: they matter less and less.
 N_FIRST, N_SPACED = 25, 15
@@ -228,15 +229,9 @@ def _batches(
 
 def counted_positions(tokens: Tokens, sae: SAE[Any], model: HookedRootModule) -> Mask:
     """The positions that an SAE was trained on: inside its metadata's `seqpos_slice`, and not an excluded token."""
-    excluded = sae.cfg.metadata.exclude_special_tokens or []
-    if excluded is True:
-        tokenizer: Any = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("exclude_special_tokens=True needs the model's tokenizer, and it has none; list ids")
-        excluded = get_special_token_ids(tokenizer)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
-    return mask & ~torch.isin(tokens, torch.tensor(excluded, dtype=tokens.dtype, device=tokens.device))
+    metadata = sae.cfg.metadata
+    excluded = torch.tensor(excluded_tokens(metadata.exclude_special_tokens, model), dtype=torch.long)
+    return StepPlan(len(tokens), tuple(metadata.seqpos_slice or (None,)), excluded).trained_positions(tokens)
 
 
 def _along(

@@ -43,7 +43,7 @@ class Setting:
             **given,
             hook_head_index=metadata.hook_head_index,
             seqpos_slice=tuple(metadata.seqpos_slice or (None,)),
-            exclude_special_tokens=_excluded_tokens(metadata.exclude_special_tokens, model),
+            exclude_special_tokens=excluded_tokens(metadata.exclude_special_tokens, model),
             prepend_bos=metadata.prepend_bos,
             sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
             disable_concat_sequences=bool(metadata.disable_concat_sequences),
@@ -139,7 +139,8 @@ class TokenBatches(Iterator[Tensor]):
             return None
 
 
-def _excluded_tokens(setting: bool | list[int] | None, model: HookedRootModule) -> tuple[int, ...]:
+def excluded_tokens(setting: bool | list[int] | None, model: HookedRootModule) -> tuple[int, ...]:
+    """The ids that an SAE's `exclude_special_tokens` stands for. Raises ValueError if that takes a tokenizer and there is none."""
     if setting is True:
         tokenizer: Any = getattr(model, "tokenizer", None)
         if tokenizer is None:
