@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from sae_lens_e2e.linear_kl import N_BUFFERS, chunk_size, linear_kl
+from sae_lens_e2e.splice.unembedding import N_BUFFERS, chunk_size, linear_kl
 
 SHAPES = {"tinystories-1m": (64, 50257, 2048), "gpt2-small": (768, 50257, 256)}
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner
-from sae_lens_e2e.plugins import make_objective
+from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.splice import frozen
 
 

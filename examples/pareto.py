@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from sae_lens_e2e.evaluation import layers_frame
-from sae_lens_e2e.evaluation.pareto import headline, sentence
 from sae_lens_e2e.figures import layers_figure, pareto_figure, pareto_plotly, save, with_objectives
+from sae_lens_e2e.studies.pareto import headline, sentence
 from sae_lens_e2e.sweep import read_sweep, run_sweep
 from sae_lens_e2e.sweep.run import read_results
 

@@ -25,8 +25,8 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner, Objective, embedded
 from sae_lens_e2e.evaluation import Evaluation, evaluate
 from sae_lens_e2e.loading import EMBEDDED, load_documents, load_model, tokenised
+from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.output import claim_output
-from sae_lens_e2e.plugins import make_objective
 
 # Braun et al. (2024), TinyStories-1M. The sparsity is theirs to sweep, and so is left to --sparsity.
 PAPER: dict[str, Any] = {

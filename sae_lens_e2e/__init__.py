@@ -10,14 +10,14 @@ from sae_lens_e2e.apollo import (
     load_apollo_saes,
     load_neuronpedia_apollo_sae,
 )
-from sae_lens_e2e.config import E2ERunnerConfig
-from sae_lens_e2e.finetune import training_sae_from
-from sae_lens_e2e.hookspecs import hookimpl
-from sae_lens_e2e.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.architectures.going_on import training_sae_from
 from sae_lens_e2e.objectives import E2E, E2EDownstream, Local, Objective, SplicedBatch, Term
-from sae_lens_e2e.plugins import PluginWarning, RegisteredObjective, available_objectives, get_objective
-from sae_lens_e2e.runner import E2ETrainingRunner
-from sae_lens_e2e.trainer import E2ETrainer, NonFiniteLossError
+from sae_lens_e2e.objectives.hookspecs import hookimpl
+from sae_lens_e2e.objectives.plugins import PluginWarning, RegisteredObjective, available_objectives, get_objective
+from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.runner import E2ETrainingRunner
+from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
 
 __version__ = "0.1.0"
 

@@ -22,12 +22,12 @@ from transformer_lens import HookedTransformer
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.dashboard import environment, make_dashboard
-from sae_lens_e2e.dashboard.driver import load_model
-from sae_lens_e2e.dashboard.export import export_model
-from sae_lens_e2e.dashboard.run import distinct_prompts, run_driver
 from sae_lens_e2e.evaluation import evaluate
-from sae_lens_e2e.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.publishing.dashboard import environment, make_dashboard
+from sae_lens_e2e.publishing.dashboard.driver import load_model
+from sae_lens_e2e.publishing.dashboard.export import export_model
+from sae_lens_e2e.publishing.dashboard.run import distinct_prompts, run_driver
+from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 from tests.models import dataset_of, random_model
 from tests.saes import inference_sae
 

@@ -17,7 +17,8 @@ from transformer_lens import HookedTransformer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.evaluation.directions import (
+from sae_lens_e2e.splice import Splice, make_splice
+from sae_lens_e2e.studies.directions import (
     Directions,
     ablation_kl,
     default_directions,
@@ -25,7 +26,6 @@ from sae_lens_e2e.evaluation.directions import (
     measure_directions,
     pca,
 )
-from sae_lens_e2e.splice import Splice, make_splice
 from tests.models import dataset_of, random_model, random_tokens
 
 HOOK, HOOK_Z = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"

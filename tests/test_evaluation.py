@@ -40,7 +40,8 @@ from sae_lens_e2e.evaluation import (
 from sae_lens_e2e.evaluation.features import LOG10_EDGES, FeatureSums, firing_histogram
 from sae_lens_e2e.evaluation.next_token import NO_TOKEN, compare_next_tokens
 from sae_lens_e2e.evaluation.sums import TotalVariance
-from sae_lens_e2e.linear_kl import LinearHead, LogitsHead
+from sae_lens_e2e.splice import unembedding
+from sae_lens_e2e.splice.unembedding import LinearHead, LogitsHead
 from tests.models import D_MODEL, GOLDEN, apollo_tiny4l, dataset_of, random_model, random_tokens
 from tests.test_apollo_parity import to_ours
 from tests.test_architectures import CONFIGS
@@ -382,7 +383,7 @@ def test_constant_activations_are_explained_wholly_or_not_at_all() -> None:
 @pytest.mark.parametrize("kind", ["linear", "capped", "module"])
 def test_next_token_measures_in_chunks(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 on the logits in the head's own precision, in chunks of a few tokens."""
-    monkeypatch.setitem(__import__("sae_lens_e2e.linear_kl").linear_kl.CHUNK_BYTES, "cpu", 4 * 4 * 50 * 7)
+    monkeypatch.setitem(unembedding.CHUNK_BYTES, "cpu", 4 * 4 * 50 * 7)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 50, generator=generator).to(dtype)
     clean, other, third = (torch.randn(30, 8, generator=generator).to(dtype) for _ in range(3))

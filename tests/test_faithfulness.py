@@ -20,10 +20,10 @@ from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.evaluation.agreement import TEMPLATES, agreement_pairs
-from sae_lens_e2e.evaluation.contrast import ContrastPair, tokenize_pair
-from sae_lens_e2e.evaluation.faithfulness import Faithfulness, faithfulness, faithfulness_frame, logit_difference
-from sae_lens_e2e.linear_kl import LinearHead, LogitsHead
+from sae_lens_e2e.splice.unembedding import LinearHead, LogitsHead
+from sae_lens_e2e.studies.agreement import TEMPLATES, agreement_pairs
+from sae_lens_e2e.studies.contrast import ContrastPair, tokenize_pair
+from sae_lens_e2e.studies.faithfulness import Faithfulness, faithfulness, faithfulness_frame, logit_difference
 from tests.models import random_model
 
 HOOK = embedded.HOOK_NAME

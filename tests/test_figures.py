@@ -31,8 +31,6 @@ from sae_lens_e2e.evaluation import (
     firing_frame,
     layers_frame,
 )
-from sae_lens_e2e.evaluation.directions import directions_frame, measure_directions
-from sae_lens_e2e.evaluation.geometry import compare, geometry, geometry_frame
 from sae_lens_e2e.figures import (
     FIGURES,
     comparison_html,
@@ -54,7 +52,9 @@ from sae_lens_e2e.figures import (
 )
 from sae_lens_e2e.figures.names import hook_labels, labels, tick_number
 from sae_lens_e2e.figures.style import style, styles
-from sae_lens_e2e.history import read_history, write_history
+from sae_lens_e2e.studies.directions import directions_frame, measure_directions
+from sae_lens_e2e.studies.geometry import compare, geometry, geometry_frame
+from sae_lens_e2e.training.history import read_history, write_history
 from tests.models import dataset_of, random_model, random_tokens
 
 HOOK = "blocks.1.hook_resid_pre"

@@ -14,7 +14,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer
 
-from sae_lens_e2e.finetune import ARCHITECTURES, training_sae_from
+from sae_lens_e2e.architectures.going_on import ARCHITECTURES, training_sae_from
 from tests.models import dataset_of, random_model, random_tokens
 from tests.saes import COMPLETE, activations, features_and_output, inference_sae, training_sae
 from tests.training import make_runner, make_trainer, runner_config

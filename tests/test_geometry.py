@@ -10,8 +10,8 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_lens_e2e.evaluation import geometry as geometry_module
-from sae_lens_e2e.evaluation.geometry import (
+from sae_lens_e2e.studies import geometry as geometry_module
+from sae_lens_e2e.studies.geometry import (
     Geometry,
     Interval,
     bootstrap_difference,

@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from sae_lens import SAE
 
 from sae_lens_e2e.evaluation import evaluate
-from sae_lens_e2e.hub import model_card, upload_to_hub
-from sae_lens_e2e.model_card import MARK
-from sae_lens_e2e.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.publishing.hub import model_card, upload_to_hub
+from sae_lens_e2e.publishing.model_card import MARK
+from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 from tests.models import dataset_of, random_model, random_tokens
 from tests.saes import COMPLETE, D_SAE, activations, features_and_output, inference_sae, training_sae
 from tests.training import make_runner, runner_config

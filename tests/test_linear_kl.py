@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_e2e import linear_kl as module
-from sae_lens_e2e.linear_kl import LinearHead, LogitsHead, linear_kl
+from sae_lens_e2e.splice import unembedding as module
+from sae_lens_e2e.splice.unembedding import LinearHead, LogitsHead, linear_kl
 
 N_TOKENS, D_MODEL, D_VOCAB = 13, 6, 37
 SOFT_CAP = 1.5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_e2e.losses import downstream_mse, reconstruction_mse
+from sae_lens_e2e.objectives.terms import downstream_mse, reconstruction_mse
 
 
 def mean_by_hand(spliced: Tensor, clean: Tensor) -> float:

@@ -14,8 +14,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.sae_trainer import _log_feature_sparsity
 from safetensors.torch import load_file
 
-from sae_lens_e2e import neuronpedia
-from sae_lens_e2e.neuronpedia import REQUIRED, complete_metadata, save_for_neuronpedia, stock_sae
+from sae_lens_e2e.publishing import neuronpedia
+from sae_lens_e2e.publishing.neuronpedia import REQUIRED, complete_metadata, save_for_neuronpedia, stock_sae
 from tests.saes import COMPLETE, D_SAE, activations, features_and_output, inference_sae, training_sae
 from tests.training import make_runner, runner_config
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_e2e import E2E, E2EDownstream, Local, Objective, SplicedBatch, Term
-from sae_lens_e2e.linear_kl import LinearHead
 from sae_lens_e2e.objectives import base
-from sae_lens_e2e.plugins import make_objective
+from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.splice import frozen
+from sae_lens_e2e.splice.unembedding import LinearHead
 from tests.models import random_tokens
 from tests.training import gradients, make_runner, make_trainer, runner_config
 

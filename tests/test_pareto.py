@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_lens_e2e.evaluation.pareto import (
+from sae_lens_e2e.studies.pareto import (
     HEADLINE,
     compare_at_equal,
     comparison_frame,

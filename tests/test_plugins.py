@@ -28,8 +28,8 @@ from sae_lens_e2e import (
     get_objective,
     hookimpl,
 )
-from sae_lens_e2e.linear_kl import LinearHead
-from sae_lens_e2e.plugins import OWN_PACKAGE, make_objective, plugin_manager
+from sae_lens_e2e.objectives.plugins import OWN_PACKAGE, make_objective, plugin_manager
+from sae_lens_e2e.splice.unembedding import LinearHead
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin_objective"

@@ -44,9 +44,7 @@ def test_the_first_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:
 
 def test_the_plugin_snippet_trains(tmp_path: Path) -> None:
     (tmp_path / "rare.py").write_text(SNIPPETS[1])
-    register = (
-        "import rare; from sae_lens_e2e.plugins import plugin_manager; plugin_manager().register(rare, name='rare')\n"
-    )
+    register = "import rare; from sae_lens_e2e.objectives.plugins import plugin_manager; plugin_manager().register(rare, name='rare')\n"
     code = shortened(SNIPPETS[0]).replace('objective="e2e_ds"', 'objective="rare_kl"')
     run(register + code + "\nprint(cfg.objective)", tmp_path, python_path=str(tmp_path))
 

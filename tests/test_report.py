@@ -22,9 +22,7 @@ from safetensors.torch import load_file
 from sae_lens_e2e import embedded
 from sae_lens_e2e.evaluation import Evaluation, FiringHistogram, LayerEvaluation, evaluate_many
 from sae_lens_e2e.evaluation.files import write_evaluation
-from sae_lens_e2e.evaluation.geometry import Geometry, Interval
 from sae_lens_e2e.figures import FIGURES
-from sae_lens_e2e.history import write_history
 from sae_lens_e2e.report import MEASURES, close_up, evaluations, make_report, published, selection
 from sae_lens_e2e.report.drawings import Drawing
 from sae_lens_e2e.report.findings import Finding, findings
@@ -33,6 +31,8 @@ from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member, collect
 from sae_lens_e2e.report.table import Column, Table, count, decimals, latex, nats
 from sae_lens_e2e.report.tables import SECONDS, tables
+from sae_lens_e2e.studies.geometry import Geometry, Interval
+from sae_lens_e2e.training.history import write_history
 from tests.apollo import HOOK as APOLLO_HOOK
 from tests.apollo import golden_parameters, run_config, write_run
 from tests.browser import browser, chromium

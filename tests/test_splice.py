@@ -31,11 +31,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sae_lens_e2e.linear_kl import LinearHead, LogitsHead
 from sae_lens_e2e.splice import CleanPass, Splice, attention, frozen, make_splice
 from sae_lens_e2e.splice.attention import fused_attention, is_fusible
 from sae_lens_e2e.splice.hooked_transformer import HookedTransformerSplice
 from sae_lens_e2e.splice.module import ModuleSplice
+from sae_lens_e2e.splice.unembedding import LinearHead, LogitsHead
 from tests.models import random_model, random_tokens
 
 D_VOCAB, N_POS = 61, 12

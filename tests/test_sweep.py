@@ -13,12 +13,13 @@ from sae_lens import SAE
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 
-from sae_lens_e2e import E2EDownstream, E2ETrainingRunner, history
+from sae_lens_e2e import E2EDownstream, E2ETrainingRunner
 from sae_lens_e2e.loading import load_documents, load_model
 from sae_lens_e2e.splice import HookedTransformerSplice
-from sae_lens_e2e.step import PromptBatches
 from sae_lens_e2e.sweep import failures, read_sweep, run_sweep
 from sae_lens_e2e.sweep.run import groups
+from sae_lens_e2e.training import history
+from sae_lens_e2e.training.step import PromptBatches
 
 BASE: dict[str, Any] = {
     "model_name": "embedded",

@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from sae_lens_e2e import E2E, E2EDownstream, E2ETrainer, Local, NonFiniteLossError, Objective, SplicedBatch, Term
 from sae_lens_e2e.splice import frozen
-from sae_lens_e2e.step import StepOutput
+from sae_lens_e2e.training.step import StepOutput
 from tests.models import dataset_of, random_model, random_tokens
 from tests.training import make_runner, make_trainer, runner_config
 

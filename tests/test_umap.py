@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_lens_e2e.evaluation.umap import umap_of
+from sae_lens_e2e.studies.umap import umap_of
 
 D_IN = 12
 

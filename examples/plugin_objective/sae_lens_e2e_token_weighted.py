@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from sae_lens_e2e import Objective, SplicedBatch, Term, hookimpl
-from sae_lens_e2e.hookspecs import Register
+from sae_lens_e2e.objectives.hookspecs import Register
 
 
 @dataclass(frozen=True)

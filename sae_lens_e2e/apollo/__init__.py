@@ -1,6 +1,5 @@
 """What Apollo Research's library and paper left: their parametrisation, weights, configs and models, inwards."""
 
-from sae_lens_e2e.apollo.architecture import ApolloTrainingSAE, ApolloTrainingSAEConfig
 from sae_lens_e2e.apollo.loaders import (
     apollo_disk_loader,
     apollo_huggingface_loader,
@@ -11,6 +10,7 @@ from sae_lens_e2e.apollo.loaders import (
 )
 from sae_lens_e2e.apollo.model import load_apollo_model
 from sae_lens_e2e.apollo.weights import load_apollo_sae, load_apollo_saes
+from sae_lens_e2e.architectures.apollo import ApolloTrainingSAE, ApolloTrainingSAEConfig
 
 __all__ = [
     "ApolloTrainingSAE",

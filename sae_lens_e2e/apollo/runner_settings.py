@@ -7,7 +7,6 @@ from typing import Any
 from sae_lens import LoggingConfig, StandardTrainingSAEConfig, logger
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from sae_lens_e2e.apollo.architecture import ARCHITECTURE, ApolloTrainingSAEConfig
 from sae_lens_e2e.apollo.model import PROCESSED, d_model, find_model
 from sae_lens_e2e.apollo.run_config import (
     as_list,
@@ -19,6 +18,7 @@ from sae_lens_e2e.apollo.run_config import (
     required,
     setting,
 )
+from sae_lens_e2e.architectures.apollo import ARCHITECTURE, ApolloTrainingSAEConfig
 
 ARCHITECTURES = (ARCHITECTURE, "standard")
 

@@ -10,9 +10,9 @@ from sae_lens_e2e.cli.parser import Parser
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
 from sae_lens_e2e.evaluation import evaluate as evaluate_sae
 from sae_lens_e2e.evaluation.files import write_evaluation
-from sae_lens_e2e.evaluation.pareto import headline, sentence
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
-from sae_lens_e2e.saes import is_sae_folder, load_sae
+from sae_lens_e2e.loading.saes import is_sae_folder, load_sae
+from sae_lens_e2e.studies.pareto import headline, sentence
 from sae_lens_e2e.sweep import failures, read_sweep, run_sweep
 
 _COLUMNS = ["sae", "objective", "l0", "ce_loss_increase", "kl", "n_alive", "d_sae", "n_tokens"]

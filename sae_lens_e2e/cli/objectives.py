@@ -3,7 +3,7 @@
 import dataclasses
 
 from sae_lens_e2e.cli.parser import Parser
-from sae_lens_e2e.plugins import available_objectives
+from sae_lens_e2e.objectives.plugins import available_objectives
 
 
 def objectives(arguments: list[str]) -> None:

@@ -7,14 +7,14 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
 
 from sae_lens_e2e.cli.parser import Parser
-from sae_lens_e2e.dashboard import make_dashboard
-from sae_lens_e2e.dashboard.run import load_shown_sae
 from sae_lens_e2e.evaluation.files import read_evaluation
-from sae_lens_e2e.hub import upload_to_hub
 from sae_lens_e2e.loading import is_local, load_documents, load_model
-from sae_lens_e2e.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.loading.saes import load_saes
 from sae_lens_e2e.output import check_free
-from sae_lens_e2e.saes import load_saes
+from sae_lens_e2e.publishing.dashboard import make_dashboard
+from sae_lens_e2e.publishing.dashboard.run import load_shown_sae
+from sae_lens_e2e.publishing.hub import upload_to_hub
+from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 
 _METADATA = ("model_name", "dataset_path", "neuronpedia_id")
 

@@ -16,10 +16,10 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_e2e.cli.parser import SettingsParser
-from sae_lens_e2e.config import E2ERunnerConfig
 from sae_lens_e2e.loading import is_local, load_documents, load_model
 from sae_lens_e2e.output import claim_output
-from sae_lens_e2e.runner import E2ETrainingRunner
+from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.runner import E2ETrainingRunner
 from sae_lens_e2e.yaml_file import read_yaml
 
 # Fields that both the run and the SAE have; simple_parsing tells the SAE's apart by this prefix.

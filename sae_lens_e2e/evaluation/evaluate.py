@@ -15,7 +15,7 @@ from sae_lens_e2e.evaluation.result import Evaluation
 from sae_lens_e2e.evaluation.running import check_evaluable, inference
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
 from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.step import StepPlan
+from sae_lens_e2e.training.step import StepPlan
 
 
 def evaluate(

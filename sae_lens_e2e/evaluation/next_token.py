@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_e2e.evaluation.sums import at_least_float32
-from sae_lens_e2e.linear_kl import Head, LinearHead, LogitsHead, chunk_size
+from sae_lens_e2e.splice.unembedding import Head, LinearHead, LogitsHead, chunk_size
 
 NO_TOKEN = -1
 """Stands for the token after the last, which is not known."""

@@ -6,12 +6,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from sae_lens_e2e.evaluation.pareto import comparable, pareto
 from sae_lens_e2e.figures.browser import interactive
 from sae_lens_e2e.figures.names import labels
 from sae_lens_e2e.figures.panel import Axis, Panel, Series, scaled_axis
 from sae_lens_e2e.figures.paper import draw
 from sae_lens_e2e.figures.style import styles
+from sae_lens_e2e.studies.pareto import comparable, pareto
 
 TITLE = "Cost against sparsity"
 CAPTION = (
@@ -27,7 +27,7 @@ def pareto_figure(frame: pd.DataFrame) -> Figure:
     """CE loss increase against L0 and against alive features, with each objective's front.
 
     `frame` is an `evaluation_frame`: sae, objective, model_name, hook_name, l0, n_alive, ce_loss_increase. Raises ValueError
-    as `sae_lens_e2e.evaluation.pareto.pareto` does.
+    as `sae_lens_e2e.studies.pareto.pareto` does.
     """
     return draw(_panels(frame))
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Self
 
-from sae_lens_e2e.linear_kl import Head
+from sae_lens_e2e.splice.unembedding import Head
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self, override
 
-from sae_lens_e2e.losses import downstream_mse
 from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
+from sae_lens_e2e.objectives.terms import downstream_mse
 
 
 @dataclass(frozen=True)

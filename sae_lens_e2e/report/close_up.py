@@ -9,12 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_e2e.evaluation.agreement import TEMPLATES, agreement_pairs
-from sae_lens_e2e.evaluation.contrast import tokenizer_of
-from sae_lens_e2e.evaluation.directions import Directions, counted_positions, measure_directions
-from sae_lens_e2e.evaluation.faithfulness import Faithfulness, faithfulness
 from sae_lens_e2e.evaluation.features import FeatureSums
-from sae_lens_e2e.evaluation.geometry import Geometry, Kind, compare, geometry
 from sae_lens_e2e.evaluation.running import inference
 from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.evaluations import ALIVE_TOKENS
@@ -22,6 +17,11 @@ from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member, one_line
 from sae_lens_e2e.report.store import Store, digest
 from sae_lens_e2e.splice import frozen
+from sae_lens_e2e.studies.agreement import TEMPLATES, agreement_pairs
+from sae_lens_e2e.studies.contrast import tokenizer_of
+from sae_lens_e2e.studies.directions import Directions, counted_positions, measure_directions
+from sae_lens_e2e.studies.faithfulness import Faithfulness, faithfulness
+from sae_lens_e2e.studies.geometry import Geometry, Kind, compare, geometry
 
 # Principal components of some thousand dimensions need no more.
 DIRECTION_TOKENS = 65_536

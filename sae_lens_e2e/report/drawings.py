@@ -13,12 +13,12 @@ import plotly.io
 from sae_lens import logger
 
 from sae_lens_e2e.evaluation import evaluation_frame, firing_frame, layers_frame
-from sae_lens_e2e.evaluation.directions import directions_frame
-from sae_lens_e2e.evaluation.geometry import geometry_frame
 from sae_lens_e2e.figures import FIGURES, FigureKind, figure_kind, history_frame, save
-from sae_lens_e2e.history import read_history
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import one_line
+from sae_lens_e2e.studies.directions import directions_frame
+from sae_lens_e2e.studies.geometry import geometry_frame
+from sae_lens_e2e.training.history import read_history
 
 FOLDER = "figures"
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
-from sae_lens_e2e.evaluation.geometry import Geometry, Interval, geometry_difference
-from sae_lens_e2e.evaluation.pareto import Comparison, headline, sentence
 from sae_lens_e2e.report import published
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, factor, nearest
 from sae_lens_e2e.report.sources import LOCAL
+from sae_lens_e2e.studies.geometry import Geometry, Interval, geometry_difference
+from sae_lens_e2e.studies.pareto import Comparison, headline, sentence
 
 Verdict = Literal["agrees", "agrees in part", "does not agree", "cannot be said"]
 

@@ -9,9 +9,6 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e.evaluation import evaluation_frame, layers_frame
-from sae_lens_e2e.evaluation.directions import directions_frame
-from sae_lens_e2e.evaluation.faithfulness import faithfulness_frame
-from sae_lens_e2e.evaluation.geometry import geometry_summary
 from sae_lens_e2e.output import check_writable
 from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import check_figures, drawings
@@ -25,6 +22,9 @@ from sae_lens_e2e.report.sources import collect
 from sae_lens_e2e.report.store import Store, write_whole
 from sae_lens_e2e.report.table import Table
 from sae_lens_e2e.report.tables import tables
+from sae_lens_e2e.studies.directions import directions_frame
+from sae_lens_e2e.studies.faithfulness import faithfulness_frame
+from sae_lens_e2e.studies.geometry import geometry_summary
 
 BATCH_SIZE_PROMPTS = 16
 _TABLES = "tables"

@@ -16,8 +16,8 @@ from sae_lens_e2e.apollo.run_config import CONFIG_FILENAME, read_run_config
 from sae_lens_e2e.apollo.sources import find
 from sae_lens_e2e.evaluation.one_pass import sparsity_settings
 from sae_lens_e2e.evaluation.running import check_evaluable
+from sae_lens_e2e.loading.saes import is_sae_folder, load_saes
 from sae_lens_e2e.report.store import digest, fingerprint_of_module
-from sae_lens_e2e.saes import is_sae_folder, load_saes
 from sae_lens_e2e.sweep.run import CHECKPOINTS, FAILURE_FILENAME
 
 LOCAL = "local"

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
-from sae_lens_e2e.evaluation.pareto import comparison_frame, headline
-from sae_lens_e2e.history import read_history
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, baseline_of, factor, nearest
 from sae_lens_e2e.report.sources import Member, objective_order
 from sae_lens_e2e.report.table import Cell, Column, Table, count, decimals, digits, nats, significant
+from sae_lens_e2e.studies.pareto import comparison_frame, headline
+from sae_lens_e2e.training.history import read_history
 
 SECONDS = "details/seconds"
 """The column of a run's history that has how long it has trained."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lens_e2e.linear_kl import Head
+from sae_lens_e2e.splice.unembedding import Head
 
 
 @dataclass(frozen=True)

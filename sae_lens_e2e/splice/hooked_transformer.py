@@ -13,9 +13,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from typing_extensions import override
 
-from sae_lens_e2e.linear_kl import LinearHead
 from sae_lens_e2e.splice.attention import fused_attention
 from sae_lens_e2e.splice.base import CleanPass, Splice, SplicedPass, unknown_hook
+from sae_lens_e2e.splice.unembedding import LinearHead
 
 _Hook = tuple[str | Callable[..., Any], Callable[..., Any]]
 

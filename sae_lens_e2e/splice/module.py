@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_e2e.linear_kl import Head, LinearHead, LogitsHead
 from sae_lens_e2e.splice.base import CleanPass, Splice, SplicedPass, unknown_hook
+from sae_lens_e2e.splice.unembedding import Head, LinearHead, LogitsHead
 
 _PROBE_LENGTH = 8
 

@@ -11,7 +11,7 @@ from typing import Any
 from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_e2e.config import E2ERunnerConfig
+from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.yaml_file import read_yaml
 
 _SECTIONS = ("name", "base", "grid", "evaluation")

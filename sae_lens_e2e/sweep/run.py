@@ -15,16 +15,16 @@ import yaml
 from sae_lens import SAE, logger
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_lens_e2e.config import E2ERunnerConfig
 from sae_lens_e2e.evaluation import Evaluation, evaluate_many, evaluation_frame
 from sae_lens_e2e.evaluation.files import read_evaluation, write_evaluation
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
 from sae_lens_e2e.output import check_writable, written_whole
-from sae_lens_e2e.runner import E2ETrainingRunner, interrupting
 from sae_lens_e2e.splice import frozen, make_splice
-from sae_lens_e2e.step import PromptBatches
 from sae_lens_e2e.sweep.grid import Sweep
 from sae_lens_e2e.sweep.together import Trainer, fit_together
+from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.runner import E2ETrainingRunner, interrupting
+from sae_lens_e2e.training.step import PromptBatches
 
 FAILURE_FILENAME = "failed.txt"
 RESULTS_FILENAME = "results.csv"

@@ -9,8 +9,8 @@ from typing import Any
 from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
-from sae_lens_e2e.step import PromptBatches
-from sae_lens_e2e.trainer import E2ETrainer, step_together
+from sae_lens_e2e.training.step import PromptBatches
+from sae_lens_e2e.training.trainer import E2ETrainer, step_together
 
 Trainer = E2ETrainer[Any, Any]
 

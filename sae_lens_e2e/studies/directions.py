@@ -21,7 +21,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from sae_lens_e2e.evaluation.running import check_evaluable, inference, reconstruct
 from sae_lens_e2e.evaluation.tokens import excluded_tokens
 from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.step import StepPlan
+from sae_lens_e2e.training.step import StepPlan
 
 # Figure 23 shows the first 25. Of the rest, to d_in, a few do: they matter less and less.
 N_FIRST, N_SPACED = 25, 15

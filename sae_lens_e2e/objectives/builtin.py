@@ -1,7 +1,7 @@
 """The objectives that come with the package, registered the way any plugin registers its own."""
 
-from sae_lens_e2e.hookspecs import Register, hookimpl
 from sae_lens_e2e.objectives import E2E, E2EDownstream, Local
+from sae_lens_e2e.objectives.hookspecs import Register, hookimpl
 
 
 @hookimpl

@@ -19,14 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from sae_lens_e2e.evaluation.agreement import agreement_pairs
-from sae_lens_e2e.evaluation.contrast import ContrastPair, PromptBatch, bos_tokens, prompt_batches, tokenize_pairs
 from sae_lens_e2e.evaluation.running import check_evaluable, inference, reconstruct
 from sae_lens_e2e.evaluation.sums import at_least_float32
 from sae_lens_e2e.evaluation.tokens import Setting
-from sae_lens_e2e.linear_kl import Head, LinearHead, LogitsHead
 from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.step import StepPlan
+from sae_lens_e2e.splice.unembedding import Head, LinearHead, LogitsHead
+from sae_lens_e2e.studies.agreement import agreement_pairs
+from sae_lens_e2e.studies.contrast import ContrastPair, PromptBatch, bos_tokens, prompt_batches, tokenize_pairs
+from sae_lens_e2e.training.step import StepPlan
 
 Ablation = Literal["mean", "position_mean", "zero"]
 _MODELS = ("original", "spliced", "baseline")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_lens_e2e.step import StepPlan
+from sae_lens_e2e.training.step import StepPlan
 
 
 @dataclass(frozen=True)

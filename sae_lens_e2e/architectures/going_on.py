@@ -9,7 +9,7 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from torch import Tensor
 
-from sae_lens_e2e.apollo.architecture import ARCHITECTURE as APOLLO
+from sae_lens_e2e.architectures.apollo import ARCHITECTURE as APOLLO
 
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 # How a new SAE starts, which one that has its weights does not.

@@ -16,8 +16,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
 from sae_lens_e2e.evaluation.files import FILENAME as EVALUATION_FILENAME
-from sae_lens_e2e.model_card import MARK, model_card
-from sae_lens_e2e.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.publishing.model_card import MARK, model_card
+from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 
 __all__ = ["Figures", "model_card", "upload_to_hub"]
 

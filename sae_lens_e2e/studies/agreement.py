@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from sae_lens_e2e.evaluation.contrast import ContrastPair, prompt_lengths, tokenize_pair, tokenizer_of
+from sae_lens_e2e.studies.contrast import ContrastPair, prompt_lengths, tokenize_pair, tokenizer_of
 
 # A word as it goes with a singular noun, and with a plural one.
 _Word = tuple[str, str]

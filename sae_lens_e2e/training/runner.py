@@ -21,13 +21,13 @@ from sae_lens.util import extract_layer_from_tlens_hook_name, temporary_seed
 from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_e2e.config import E2ERunnerConfig
-from sae_lens_e2e.history import write_history
 from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.output import check_writable, written_whole
 from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.step import PromptBatches, StepPlan
-from sae_lens_e2e.trainer import E2ETrainer
+from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.history import write_history
+from sae_lens_e2e.training.step import PromptBatches, StepPlan
+from sae_lens_e2e.training.trainer import E2ETrainer
 
 # Of an SAE and the runner config's `sae`: what the runner sets, and how a new SAE starts.
 _MAY_DIFFER = ("metadata", "device", "decoder_init_norm", "jumprelu_init_threshold")

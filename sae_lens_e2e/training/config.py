@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from sae_lens_e2e.apollo.runner_settings import runner_settings
 from sae_lens_e2e.objectives import Objective
-from sae_lens_e2e.plugins import make_objective
+from sae_lens_e2e.objectives.plugins import make_objective
 
 MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lens_e2e.evaluation.geometry import live_features, unit_vectors
+from sae_lens_e2e.studies.geometry import live_features, unit_vectors
 
 
 def umap_of(

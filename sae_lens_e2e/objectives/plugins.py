@@ -10,9 +10,8 @@ from typing import Any
 
 import pluggy
 
-from sae_lens_e2e import builtin_objectives, hookspecs
-from sae_lens_e2e.hookspecs import PROJECT
-from sae_lens_e2e.objectives import Objective
+from sae_lens_e2e.objectives import Objective, builtin, hookspecs
+from sae_lens_e2e.objectives.hookspecs import PROJECT
 
 OWN_PACKAGE = "sae-lens-e2e"
 
@@ -37,7 +36,7 @@ def plugin_manager() -> pluggy.PluginManager:
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
-    manager.register(builtin_objectives, name=OWN_PACKAGE)
+    manager.register(builtin, name=OWN_PACKAGE)
     for entry_point in entry_points(group=PROJECT):
         origin = _origin(entry_point)
         try:

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from sae_lens_e2e.dashboard.driver import ERROR, JOB, MODEL, OUTPUTS, TOKENS
-from sae_lens_e2e.dashboard.environment import checked_python, own_python
-from sae_lens_e2e.dashboard.export import export_model
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
-from sae_lens_e2e.neuronpedia import REQUIRED
+from sae_lens_e2e.loading.saes import is_sae_folder
 from sae_lens_e2e.output import claim_output, written_whole
-from sae_lens_e2e.saes import is_sae_folder
+from sae_lens_e2e.publishing.dashboard.driver import ERROR, JOB, MODEL, OUTPUTS, TOKENS
+from sae_lens_e2e.publishing.dashboard.environment import checked_python, own_python
+from sae_lens_e2e.publishing.dashboard.export import export_model
+from sae_lens_e2e.publishing.neuronpedia import REQUIRED
 from sae_lens_e2e.splice import make_splice
 
 RECORD = "dashboard.json"

@@ -17,10 +17,10 @@ from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointF
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_e2e.history import read_history, write_history
 from sae_lens_e2e.objectives import Objective, SplicedBatch, Term
 from sae_lens_e2e.splice import CleanPass, Splice
-from sae_lens_e2e.step import PromptBatches, StepOutput, StepPlan
+from sae_lens_e2e.training.history import read_history, write_history
+from sae_lens_e2e.training.step import PromptBatches, StepOutput, StepPlan
 
 
 class NonFiniteLossError(RuntimeError):

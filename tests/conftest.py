@@ -1,0 +1,13 @@
+"""What every test runs under: as many threads as the models here are worth."""
+
+import os
+
+# Before torch is imported. The models are so small that a second thread costs more than it brings, and a process that a
+# test starts would otherwise take as many threads as the machine has cores beside ours.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+torch.set_num_threads(1)
