@@ -1,6 +1,7 @@
 """Time and memory of one training step, against the naive computation: two whole passes, all logits, log_softmax twice.
 
     python benchmarks/step.py [--shape tinystories-1m|gpt2-small|gpt2-small-long|all] [--json FILE]
+    python benchmarks/step.py --kinds    # our step on each kind of model of GPT2-small's shape
 
 Each measurement is a process of its own, since a process never gives its peak memory back: a model with random weights of
 the shape named, an SAE, Adam, and a few optimizer steps on random tokens. Time is the median step after two for warming up;
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sae_lens import LoggingConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner
 from sae_lens_e2e.objectives.plugins import make_objective
-from sae_lens_e2e.splice import frozen
+from sae_lens_e2e.splice import SplicedModel, frozen
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,36 @@ def load_model(shape: Shape) -> HookedTransformer:
     return HookedTransformer(HookedTransformerConfig(**common, **shape.model))
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of language model, and what it calls the residual stream that enters a block."""
+
+    model_class_name: str
+    load: Callable[[Shape], Any]
+    hook_name: Callable[[int], str]
+
+
+def load_hugging_face(shape: Shape) -> HookedProxyLM:
+    """GPT2 as transformers has it, in SAELens' wrapper."""
+    m = shape.model
+    sizes = {"n_layer": m["n_layers"], "n_embd": m["d_model"], "n_head": m["n_heads"], "n_positions": m["n_ctx"]}
+    tokenizer: Any = None
+    return HookedProxyLM(GPT2LMHeadModel(GPT2Config(**sizes)), tokenizer)
+
+
+def load_bridge(shape: Shape) -> Any:
+    """TransformerLens' bridge, over its own implementation of the blocks."""
+    common = {"d_vocab": 50257, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu", "seed": 0}
+    return TransformerBridge.boot_native(TransformerBridgeConfig(**common, **shape.model))
+
+
+KINDS = {
+    "hooked": Kind("HookedTransformer", load_model, lambda layer: f"blocks.{layer}.hook_resid_pre"),
+    "hugging-face": Kind("AutoModelForCausalLM", load_hugging_face, lambda layer: f"transformer.h.{layer - 1}"),
+    "bridge": Kind("TransformerBridge", load_bridge, lambda layer: f"blocks.{layer}.hook_resid_pre"),
+}
+
+
 def sae_config(shape: Shape) -> StandardTrainingSAEConfig:
     d_in = shape.model["d_model"]
     return StandardTrainingSAEConfig(d_in=d_in, d_sae=shape.ratio * d_in, l1_coefficient=L1)
@@ -125,12 +161,15 @@ def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> C
     return step
 
 
-def our_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Callable[[Tensor], float]:
-    """The same step, by the package."""
+def our_step(
+    model: Any, shape: Shape, objective_name: str, kind: str = "hooked"
+) -> tuple[Callable[[Tensor], float], SplicedModel]:
+    """The same step, by the package, and the model it runs on."""
     cfg = E2ERunnerConfig(
         sae=sae_config(shape),
         objective=objective_name,
-        hook_name=shape.hook_name,
+        hook_name=KINDS[kind].hook_name(shape.hook_layer),
+        model_class_name=KINDS[kind].model_class_name,
         context_size=shape.n_pos,
         store_batch_size_prompts=shape.n_prompts,
         train_batch_size_tokens=shape.n_tokens,
@@ -142,7 +181,7 @@ def our_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Cal
     sae = StandardTrainingSAE(sae_config(shape))
     dataset = Dataset.from_dict({"input_ids": [[0] * shape.n_pos]})
     trainer = E2ETrainingRunner(cfg, dataset, model, sae).make_trainer()
-    return lambda tokens: float(trainer.step(tokens).loss)
+    return lambda tokens: float(trainer.step(tokens).loss), trainer.group.model
 
 
 def resident_gib() -> float:
@@ -170,16 +209,22 @@ class PeakMemory:
         self.thread.join()
 
 
-def measure(shape_name: str, objective: str, side: str, n_steps: int) -> dict[str, Any]:
+def measure(shape_name: str, objective: str, side: str, n_steps: int, kind: str = "hooked") -> dict[str, Any]:
     """One side of the comparison, in this process."""
     shape = SHAPES[shape_name]
-    model = load_model(shape)
+    model = KINDS[kind].load(shape)
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, 50257, (shape.n_prompts, shape.n_pos), generator=generator) for _ in range(n_steps + 2)]
     loaded = resident_gib()
     seconds, losses = [], []
-    with frozen(model), PeakMemory() as memory:
-        step = (naive_step if side == "naive" else our_step)(model, shape, objective)
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        memory = stack.enter_context(PeakMemory())
+        if side == "naive":
+            step = naive_step(model, shape, objective)
+        else:
+            step, splice = our_step(model, shape, objective, kind)
+            stack.enter_context(splice.running())
         for batch in batches:
             start = time.perf_counter()
             losses.append(step(batch))
@@ -188,14 +233,15 @@ def measure(shape_name: str, objective: str, side: str, n_steps: int) -> dict[st
         "shape": shape_name,
         "objective": objective,
         "side": side,
+        "kind": kind,
         "seconds": statistics.median(seconds[2:]),
         "peak_gib": memory.peak - loaded,
         "first_loss": losses[0],
     }
 
 
-def in_a_process(shape: str, objective: str, side: str, n_steps: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", shape, objective, side, "--steps", str(n_steps)]
+def in_a_process(shape: str, objective: str, side: str, n_steps: int, kind: str = "hooked") -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", shape, objective, side, kind, "--steps", str(n_steps)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
@@ -225,17 +271,37 @@ def report(naive: dict[str, Any], ours: dict[str, Any]) -> str:
     )
 
 
+def compare_kinds(n_steps: int) -> list[dict[str, Any]]:
+    """Our step on each kind of model, taking turns twice; the better half of each."""
+    rows = [in_a_process("gpt2-small", "e2e_ds", "ours", n_steps, kind) for _ in range(2) for kind in KINDS]
+    best = [min((row for row in rows if row["kind"] == kind), key=lambda row: row["seconds"]) for kind in KINDS]
+    print("| kind of model | objective | s a step | tokens/s | GiB above the model |")
+    print("| --- | --- | --- | --- | --- |")
+    for row in best:
+        tokens = SHAPES[row["shape"]].n_tokens
+        print(
+            f"| {row['kind']} | {row['objective']} | {row['seconds']:.2f} | {tokens / row['seconds']:.0f} | "
+            f"{row['peak_gib']:.2f} |"
+        )
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a process")
     parser.add_argument("--json", type=Path, help="where to write the measurements besides")
-    parser.add_argument("--one", nargs=3, metavar=("SHAPE", "OBJECTIVE", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", action="store_true", help="compare the kinds of model instead")
+    parser.add_argument("--one", nargs=4, metavar=("SHAPE", "OBJECTIVE", "SIDE", "KIND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(*arguments.one, n_steps=arguments.steps)))
+        shape, objective, side, kind = arguments.one
+        print(json.dumps(measure(shape, objective, side, arguments.steps, kind)))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if arguments.kinds:
+        compare_kinds(arguments.steps)
+        return
     print(
         "| shape | objective | naive s | ours s | naive tokens/s | ours tokens/s | faster | naive GiB | ours GiB | memory |"
     )

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from sae_lens import SAE
 
-from sae_lens_e2e import E2ETrainingRunner
+from sae_lens_e2e import E2ERunnerConfig, E2ETrainingRunner
 from sae_lens_e2e.evaluation import evaluate
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
 from sae_lens_e2e.sweep import Sweep, read_sweep, run_sweep
@@ -49,7 +49,9 @@ def one_at_a_time(sweep: Sweep, folder: Path) -> float:
     train, held_out = (tokenised(part, model, first.context_size) for part in load_documents(first.dataset_path))
     start = time.perf_counter()
     for point in sweep.points:
-        E2ETrainingRunner(point.config(folder / point.name), override_dataset=train, override_model=model).run()
+        cfg = point.config(folder / point.name)
+        assert isinstance(cfg, E2ERunnerConfig)
+        E2ETrainingRunner(cfg, override_dataset=train, override_model=model).run()
         evaluate(SAE.load_from_disk(folder / point.name), model, held_out, **sweep.evaluation)
     return time.perf_counter() - start
 

@@ -18,7 +18,7 @@ from train_tinystories import Settings, table, train_and_evaluate
 from sae_lens_e2e.evaluation import Evaluation
 from sae_lens_e2e.figures import comparison_html, comparison_png
 from sae_lens_e2e.loading import load_documents, load_model
-from sae_lens_e2e.output import claim_output
+from sae_lens_e2e.output import claim_output, write_whole
 
 # Chosen so that both come out at about the same L0; the losses differ in scale, and so do their sparsity coefficients.
 SPARSITY = {"local": 1.3, "e2e_ds": 0.1}
@@ -61,7 +61,7 @@ def main() -> None:
     comparison_png(results, arguments.output / "comparison.png")
     comparison_html(results, arguments.output / "comparison.html")
     figures = {name: result.to_dict() for name, result in results.items()}
-    (arguments.output / "comparison.json").write_text(json.dumps(figures, indent=1))
+    write_whole(arguments.output / "comparison.json", json.dumps(figures, indent=1))
     print(f"drawn in {arguments.output}/comparison.png and {arguments.output}/comparison.html")
 
 

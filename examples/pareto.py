@@ -13,21 +13,22 @@ from pathlib import Path
 import pandas as pd
 
 from sae_lens_e2e.evaluation import layers_frame
+from sae_lens_e2e.evaluation.measures import MEASURES, SUMMARY
 from sae_lens_e2e.figures import layers_figure, pareto_figure, pareto_plotly, save, with_objectives
 from sae_lens_e2e.studies.pareto import headline, sentence
 from sae_lens_e2e.sweep import read_sweep, run_sweep
 from sae_lens_e2e.sweep.run import read_results
 
-COLUMNS = {"objective": "{}", "l0": "{:.1f}", "n_alive": "{:.0f}", "ce_loss_increase": "{:+.3f}", "kl": "{:.3f}"}
-HEADINGS = ("objective", "sparsity coefficient", "L0", "alive features", "CE loss increase (nats)", "KL (nats)")
+SHOWN = [MEASURES[name] for name in SUMMARY]
+HEADINGS = ("objective", "sparsity coefficient", *(measure.title for measure in SHOWN))
 
 
 def table(frame: pd.DataFrame) -> str:
     """A row for each SAE, in Markdown."""
     rows = [list(HEADINGS), ["---"] * len(HEADINGS)]
-    for _, row in frame.iterrows():
-        objective, *figures = (form.format(row[column]) for column, form in COLUMNS.items())
-        rows.append([objective, str(row["sae"]).split("=")[-1], *figures])
+    for row in frame.to_dict("records"):
+        figures = (measure.format(row[measure.name]) for measure in SHOWN)
+        rows.append([row["objective"], str(row["sae"]).split("=")[-1], *figures])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

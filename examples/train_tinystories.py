@@ -24,6 +24,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner, Objective, embedded
 from sae_lens_e2e.evaluation import Evaluation, evaluate
+from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.loading import EMBEDDED, load_documents, load_model, tokenised
 from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.output import claim_output
@@ -42,6 +43,11 @@ PAPER_BY_OBJECTIVE: dict[str, dict[str, Any]] = {
     "e2e": {"lr": 1e-3, "tokens": 450_000 * 512},
     "e2e_ds": {"lr": 1e-3, "tokens": 250_000 * 512, "objective": E2EDownstream(downstream_coefficient=1000.0)},
 }
+
+SHOWN = (
+    *("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_increase", "kl"),
+    *("l0", "n_alive", "fraction_alive", "n_tokens"),
+)
 
 
 @dataclass
@@ -134,17 +140,12 @@ def train_and_evaluate(settings: Settings, model: HookedRootModule, documents: A
 
 def table(results: dict[str, Evaluation]) -> str:
     """A column for each SAE, a row for each figure."""
-    rows: list[tuple[str, list[str]]] = [
-        ("CE loss without the SAE (nats)", [f"{r.ce_loss_without_sae:.3f}" for r in results.values()]),
-        ("CE loss with the SAE (nats)", [f"{r.ce_loss_with_sae:.3f}" for r in results.values()]),
-        ("CE loss increase (nats)", [f"{r.ce_loss_increase:+.3f}" for r in results.values()]),
-        ("KL divergence (nats)", [f"{r.kl:.3f}" for r in results.values()]),
-        ("L0", [f"{r.l0:.1f}" for r in results.values()]),
-        ("alive features", [f"{r.n_alive} of {r.d_sae}" for r in results.values()]),
-        ("tokens evaluated", [f"{r.n_tokens:,}" for r in results.values()]),
-    ]
+    shown, mse = [MEASURES[name] for name in SHOWN], MEASURES["mse"]
     hooks = next(iter(results.values())).downstream_mse
-    rows += [(f"MSE at {hook}", [f"{r.downstream_mse[hook]:.4f}" for r in results.values()]) for hook in hooks]
+    rows = [
+        *((m.title, [m.format(getattr(r, m.name)) for r in results.values()]) for m in shown),
+        *((f"{mse.label} at {hook}", [mse.format(r.downstream_mse[hook]) for r in results.values()]) for hook in hooks),
+    ]
     cells = [["", *results], *([name, *values] for name, values in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]

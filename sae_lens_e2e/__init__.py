@@ -11,11 +11,13 @@ from sae_lens_e2e.apollo import (
     load_neuronpedia_apollo_sae,
 )
 from sae_lens_e2e.architectures.going_on import training_sae_from
-from sae_lens_e2e.objectives import E2E, E2EDownstream, Local, Objective, SplicedBatch, Term
+from sae_lens_e2e.objectives import E2E, Batch, CrossEntropy, E2EDownstream, Local, Objective, Part, SplicedBatch, Term
 from sae_lens_e2e.objectives.hookspecs import hookimpl
 from sae_lens_e2e.objectives.plugins import PluginWarning, RegisteredObjective, available_objectives, get_objective
 from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
+from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
 from sae_lens_e2e.training.runner import E2ETrainingRunner
 from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
 
@@ -25,13 +27,18 @@ __all__ = [
     "E2E",
     "ApolloTrainingSAE",
     "ApolloTrainingSAEConfig",
+    "Batch",
+    "CrossEntropy",
     "E2EDownstream",
+    "E2EMultiRunnerConfig",
+    "E2EMultiTrainingRunner",
     "E2ERunnerConfig",
     "E2ETrainer",
     "E2ETrainingRunner",
     "Local",
     "NonFiniteLossError",
     "Objective",
+    "Part",
     "PluginWarning",
     "RegisteredObjective",
     "SplicedBatch",

@@ -22,7 +22,7 @@ from sae_lens_e2e.splice import frozen
 from tests.apollo import run_config, write_run, write_tiny4l
 from tests.models import D_MODEL, GOLDEN, N_CTX, apollo_tiny4l
 from tests.servers import hub
-from tests.training import gradients, make_runner, make_trainer, runner_config
+from tests.training import EVERY_STEP, make_runner, make_trainer, runner_config, tried_step
 
 HOOK = "blocks.2.hook_resid_pre"
 DOWNSTREAM = ("blocks.2.hook_resid_post", "blocks.3.hook_resid_pre", "blocks.3.hook_resid_post")
@@ -37,6 +37,7 @@ SPARSITY = 0.3
 
 def apollo_runner(run: str, parameters: dict[str, torch.Tensor], prefix: str) -> Any:
     cfg = runner_config(
+        logger=EVERY_STEP,
         sae=ApolloTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, sparsity_coefficient=SPARSITY),
         objective=OBJECTIVES[run],
         max_grad_norm=10.0,
@@ -71,8 +72,8 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_losses_and_gradients_of_one_batch_are_apollos(run: str) -> None:
     golden = load_file(GOLDEN / f"apollo_{run}.safetensors")
     trainer = make_trainer(apollo_runner(run, golden, "param"))
-    with frozen(trainer.splice.model):
-        output = trainer.forward_backward(golden["tokens"], torch.ones_like(golden["tokens"], dtype=torch.bool), 1.0)
+    with frozen(trainer.group.model.model):
+        output, ours = tried_step(trainer, golden["tokens"])
 
     def close(ours: torch.Tensor | float, theirs: str) -> None:
         torch.testing.assert_close(float(ours), float(golden[f"loss.{theirs}"]), rtol=1e-5, atol=0)
@@ -84,7 +85,6 @@ def test_losses_and_gradients_of_one_batch_are_apollos(run: str) -> None:
         close(output.losses["kl"], "logits_kl")
         for hook in DOWNSTREAM:
             close(output.parts[f"downstream_mse/{hook}"], f"in_to_orig.{hook}")
-    ours = gradients(trainer, golden["tokens"])
     for name, theirs in to_ours(golden, "grad").items():
         assert relative_difference(ours[name], theirs) < 1e-4, name
 
@@ -101,7 +101,7 @@ def test_a_run_repeated_from_its_own_config_follows_apollos(tmp_path: Path) -> N
     trajectory = apollo_trajectory("e2e_ds")
     write_tiny4l(tmp_path / "tiny4l")
     folder = write_run(tmp_path / "e2e_ds", config, {})
-    cfg = E2ERunnerConfig.from_apollo(folder, output_path=None, checkpoint_path=None, verbose=False)
+    cfg = E2ERunnerConfig.from_apollo(folder, output_path=None, checkpoint_path=None, verbose=False, logger=EVERY_STEP)
     sae = TrainingSAE.from_dict(cfg.sae.to_dict())
     assert isinstance(sae, ApolloTrainingSAE)
     sae.load_state_dict(to_ours(trajectory, "init"))
@@ -126,7 +126,7 @@ def follows(run: str, trainer: E2ETrainer[Any, Any], trajectory: dict[str, torch
     def step_mean(name: str) -> torch.Tensor:
         return trajectory[f"traj.loss.{name}"].reshape(10, 2).mean(1)
 
-    with frozen(trainer.splice.model):
+    with frozen(trainer.group.model.model):
         for step in range(10):
             # Apollo's schedule is its own function: each step takes the rate that it used.
             trainer.optimizer.param_groups[0]["lr"] = float(trajectory["traj.lr"][step])

@@ -301,7 +301,7 @@ class TestArchitectures:
         sae.load_state_dict({k: v.contiguous() for k, v in zip(names, weights, strict=True)})
         trainer = make_trainer(make_runner(cfg, model, sae=sae))
         with frozen(model):
-            ours = trainer.forward_backward(tokens, torch.ones_like(tokens, dtype=torch.bool), 1.0).loss
+            ours = trainer.step(tokens).loss
         loss = naive_loss(run_config(changes)["loss"], model, tokens, trained)
         assert float(ours) == pytest.approx(float(loss), rel=1e-5)
         if not changes:

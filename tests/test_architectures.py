@@ -27,7 +27,7 @@ from torch import Tensor
 from sae_lens_e2e import ApolloTrainingSAEConfig
 from sae_lens_e2e.splice import frozen
 from tests.models import random_model, random_tokens
-from tests.training import gradients, make_runner, make_trainer, runner_config
+from tests.training import EVERY_STEP, gradients, make_runner, make_trainer, runner_config
 
 HOOK = "blocks.1.hook_resid_pre"
 # Fewer active features in a step than there are features, so that some are dead after one with a window of 0.
@@ -94,10 +94,10 @@ def test_every_registered_architecture_is_tested() -> None:
 @every_objective
 def test_own_terms_are_sae_lens_own(architecture: str, objective: str) -> None:
     # One forward pass a step: the top k of a batch depend on the batch.
-    cfg = config(architecture, objective, store_batch_size_prompts=4)
+    cfg = config(architecture, objective, store_batch_size_prompts=4, logger=EVERY_STEP)
     trainer = make_trainer(make_runner(cfg))
     dead, last = 0, {}
-    with frozen(trainer.splice.model):
+    with frozen(trainer.group.model.model):
         for step in range(4):
             tokens = random_tokens(4, 12, 61, seed=step)
             dead = int(trainer.dead_neurons.sum())
@@ -135,7 +135,7 @@ def test_training_lowers_the_loss_and_changes_every_parameter(architecture: str,
     trainer = make_trainer(make_runner(config(architecture, objective)))
     before = {name: parameter.detach().clone() for name, parameter in trainer.sae.named_parameters()}
     tokens = random_tokens(4, 12, 61)
-    with frozen(trainer.splice.model):
+    with frozen(trainer.group.model.model):
         losses = [trainer.step(tokens).losses for _ in range(15)]
     goal = "mse_loss" if objective == "local" else "kl"
     assert float(losses[-1][goal]) < float(losses[0][goal])
@@ -151,7 +151,7 @@ def test_gradient_is_not_that_of_reconstruction(architecture: str, objective: st
     found = {}
     for name in ("local", objective):
         trainer = make_trainer(make_runner(config(architecture, name)))
-        with frozen(trainer.splice.model):
+        with frozen(trainer.group.model.model):
             found[name] = gradients(trainer, tokens)
     assert found["local"].keys() == found[objective].keys()
     ours, local = (found[name]["W_dec"].flatten() for name in (objective, "local"))

@@ -4,19 +4,37 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
-from sae_lens import SAE, BatchTopKTrainingSAEConfig, LoggingConfig, StandardSAE, StandardSAEConfig
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAEConfig,
+    LoggingConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAEConfig,
+)
 from safetensors.torch import load_file
 
-from sae_lens_e2e import E2E, E2EDownstream, E2ERunnerConfig, load_apollo_sae, save_for_neuronpedia
+from sae_lens_e2e import (
+    E2E,
+    E2EDownstream,
+    E2EMultiRunnerConfig,
+    E2ERunnerConfig,
+    load_apollo_sae,
+    save_for_neuronpedia,
+)
 from sae_lens_e2e.cli import main
 from sae_lens_e2e.cli.train import config_file_flags, parse_train
 from sae_lens_e2e.evaluation.files import read_evaluation
+from sae_lens_e2e.evaluation.measures import MEASURES, SUMMARY
+from sae_lens_e2e.loading.saes import load_saes
 from tests.apollo import HOOK, golden_parameters, run_config, write_run
+from tests.test_loading import hugging_face_folder
 
 
 def test_help_fits_eighty_columns_and_names_our_fields(
@@ -80,6 +98,7 @@ def test_a_runs_own_config_file_repeats_it_and_flags_override(suffix: str, tmp_p
     path.write_text(json.dumps(original.to_dict()))
     cfg, _ = parse_train(["--config", str(path)])
     assert cfg.to_dict() == original.to_dict()
+    overridden: Any
     overridden, _ = parse_train(["--config", str(path), "--lr", "0.5", "--d_sae", "64", "--objective", "e2e"])
     assert (overridden.lr, overridden.sae.d_sae, overridden.objective) == (0.5, 64, E2E())
 
@@ -90,6 +109,7 @@ def test_yaml_as_one_would_write_it(tmp_path: Path) -> None:
         "hook_name: blocks.3.hook_resid_pre\nobjective: local\nsae:\n  architecture: standard\n  d_in: 64\n  d_sae: 128\n"
         "  l1_coefficient: 0.5\nlogger:\n  log_to_wandb: false\n"
     )
+    cfg: Any
     cfg, _ = parse_train(["--config", str(path)])
     assert (cfg.hook_name, cfg.sae.l1_coefficient, cfg.logger.log_to_wandb) == ("blocks.3.hook_resid_pre", 0.5, False)
 
@@ -210,6 +230,7 @@ def test_evaluate_prints_a_row_each_keeps_the_figures_and_lists_what_it_skipped(
     flags = ("--max-tokens", "256", "--batch-size-prompts", "4")
     out = said(capsys, "evaluate", str(folder), *flags)
     assert str(folder) in out
+    assert all(MEASURES[name].title in out for name in SUMMARY)
     assert read_evaluation(folder) is not None
     assert main(["evaluate", str(folder), str(tmp_path / "none"), *flags]) == 2
     captured = capsys.readouterr()
@@ -261,16 +282,178 @@ def test_dashboard_and_upload_refuse_what_they_cannot_do(tmp_path: Path, capsys:
 def test_train_takes_the_embedded_model_and_a_file_of_stories(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"input_ids": [0, *range(5, 20)]} for _ in range(12)]
-    Dataset.from_list(rows).to_json(str(tmp_path / "rows.jsonl"))
     flags = "--model_name embedded --hook_name blocks.3.hook_resid_pre --d_in 64 --d_sae 96 --context_size 16 --verbose false"
     flags += " --store_batch_size_prompts 2 --train_batch_size_tokens 64 --training_tokens 192 --log_to_wandb false"
     paths = [
         "--dataset_path",
-        str(tmp_path / "rows.jsonl"),
+        str(rows(tmp_path)),
         "--output_path",
         str(tmp_path / "out"),
         "--checkpoint_path",
     ]
     said(capsys, "train", *flags.split(), *paths)
     assert SAE.load_from_disk(tmp_path / "out").cfg.d_sae == 96
+
+
+def rows(folder: Path) -> Path:
+    """A file of token rows."""
+    path = folder / "rows.jsonl"
+    Dataset.from_list([{"input_ids": [0, *range(5, 20)]} for _ in range(12)]).to_json(str(path))
+    return path
+
+
+def joint_settings(folder: Path) -> dict[str, Any]:
+    """A run of two SAEs as one would write it down."""
+    return {
+        "model_name": "embedded",
+        "dataset_path": str(rows(folder)),
+        "objective": {"name": "e2e", "kl_coefficient": 2},
+        "saes": {
+            "late": {"architecture": "standard", "d_in": 64, "d_sae": 80, "l1_coefficient": 0.5},
+            "early": {"architecture": "topk", "d_in": 64, "d_sae": 96, "k": 4},
+        },
+        "hook_names": {"late": "blocks.3.hook_resid_pre", "early": "blocks.1.hook_mlp_out"},
+        "context_size": 16,
+        "store_batch_size_prompts": 2,
+        "train_batch_size_tokens": 32,
+        "training_tokens": 96,
+        "exclude_special_tokens": [7],
+        "checkpoint_path": None,
+        "output_path": str(folder / "out"),
+        "logger": {"log_to_wandb": False, "run_name": "both"},
+    }
+
+
+def written(path: Path, settings: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+class TestSeveralTogether:
+    def test_a_file_trains_them_and_the_runs_own_config_again(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said(capsys, "train", "--config", str(written(tmp_path / "run.yaml", joint_settings(tmp_path))))
+        saes = load_saes(tmp_path / "out")
+        assert list(saes) == ["late", "early"]
+        assert [sae.cfg.d_sae for sae in saes.values()] == [80, 96]
+        again = tmp_path / "again"
+        said(capsys, "train", "--config", str(tmp_path / "out" / "runner_cfg.json"), "--output_path", str(again))
+        for name, sae in load_saes(again).items():
+            assert torch.equal(sae.W_enc, saes[name].W_enc)
+        # A run of ours may be written over, and nothing else.
+        said(capsys, "train", "--config", str(again / "runner_cfg.json"))
+        (tmp_path / "novel").mkdir()
+        (tmp_path / "novel" / "one.txt").write_text("chapter one")
+        flags = ("--config", str(again / "runner_cfg.json"), "--output_path")
+        assert "--overwrite" in refused(capsys, "train", *flags, str(tmp_path / "novel"))
+        assert "is the folder of one SAE" in refused(capsys, "train", *flags, str(again / "late"), "--overwrite")
+
+    def test_what_the_file_says_and_flags_override(self, tmp_path: Path) -> None:
+        path = written(tmp_path / "run.yaml", joint_settings(tmp_path))
+        cfg: Any
+        cfg, overwrite = parse_train(["--config", str(path), "--overwrite"])
+        assert isinstance(cfg, E2EMultiRunnerConfig)
+        assert overwrite
+        assert (cfg.objective, cfg.exclude_special_tokens, cfg.logger.run_name) == (E2E(2), [7], "both")
+        assert cfg.hook_names_per_sae == joint_settings(tmp_path)["hook_names"]
+        assert cfg.saes["late"].to_dict()["l1_coefficient"] == 0.5
+        flags = ["--lr", "5e-4", "--objective", "e2e", "--max_grad_norm", "10", "--device", "cpu", "--run_name", "mine"]
+        heads = ["--hook_names", "{late: blocks.3.attn.hook_z, early: blocks.1.hook_mlp_out}"]
+        cfg, _ = parse_train(["--config", str(path), *flags, *heads, "--hook_head_indices", "{late: 1}"])
+        assert (cfg.lr, cfg.objective, cfg.max_grad_norm, cfg.logger.run_name) == (5e-4, E2E(), 10, "mine")
+        assert isinstance(cfg, E2EMultiRunnerConfig)
+        assert cfg.sites["late"].head_index == 1
+
+    @pytest.mark.parametrize("suffix", [".json", ".yaml"])
+    def test_a_config_comes_back_as_it_was(self, suffix: str, tmp_path: Path) -> None:
+        original = E2EMultiRunnerConfig(
+            saes={
+                "a": BatchTopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, dtype="float64"),
+                "b": StandardTrainingSAEConfig(d_in=4, d_sae=8, l1_coefficient=0.1),
+            },
+            hook_names={"a": "blocks.1.hook_resid_pre", "b": "blocks.1.attn.hook_z"},
+            hook_head_indices={"b": 2},
+            objective=E2EDownstream(kl_coefficient=1.5, downstream_hooks=("blocks.2.hook_resid_pre",)),
+            context_size=16,
+            seqpos_slice=(1, -1),
+            store_batch_size_prompts=2,
+            train_batch_size_tokens=28,
+            checkpoint_path=None,
+            model_kwargs={"padding_side": "right"},
+            model_class_name="AutoModelForCausalLM",
+            logger=LoggingConfig(log_to_wandb=False, run_name="again"),
+        )
+        (tmp_path / f"cfg{suffix}").write_text(json.dumps(original.to_dict()))
+        cfg, _ = parse_train(["--config", str(tmp_path / f"cfg{suffix}")])
+        assert cfg.to_dict() == original.to_dict()
+
+    @pytest.mark.parametrize(
+        ("changes", "flags", "words"),
+        [
+            ({}, ["--k", "8"], ["--k is a setting of one SAE", "under saes"]),
+            ({}, ["--architecture", "topk"], ["--architecture", "under saes"]),
+            ({}, ["--sae.dtype=float64"], ["--sae.dtype", "under saes"]),
+            ({}, ["--hook_name", "x"], ["--hook_name", "under hook_names"]),
+            ({}, ["--lrr", "1"], ["--lrr", "did you mean --lr?"]),
+            ({"max_grad_nrom": 1}, [], ["--max_grad_nrom", "did you mean --max_grad_norm?"]),
+            ({"hook_head_index": 1}, [], ["--hook_head_index", "under hook_head_indices"]),
+            ({"saes": {"a": {"architecture": "topk", "kk": 3}}}, [], ["saes.a.kk", "topk", "did you mean k?"]),
+            ({"saes": {"a": {"architecture": "topq"}}}, [], ["saes.a.architecture='topq'", "did you mean topk?"]),
+            ({"saes": {"a": {"d_in": 64}}}, [], ["saes.a has no architecture", "standard"]),
+            ({"saes": {"a": {"architecture": "topk", "d_in": 64}}}, [], ["saes.a: ", "d_sae"]),
+            ({"saes": [1]}, [], ["saes=[1] is not a mapping"]),
+            ({"hook_names": {"late": "x"}}, [], ["hook_names", "early"]),
+            ({"model_class_name": "TransformerBridge"}, [], ["model_class_name='TransformerBridge'", "'embedded'"]),
+            ({"model_from_pretrained_kwargs": {"fold_ln": True}}, [], ["model_from_pretrained_kwargs", "'fold_ln'"]),
+        ],
+    )
+    def test_what_is_refused(
+        self,
+        changes: dict[str, Any],
+        flags: list[str],
+        words: list[str],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = written(tmp_path / "run.yaml", joint_settings(tmp_path) | changes)
+        line = refused(capsys, "train", "--config", str(path), *flags)
+        for word in words:
+            assert word in line
+        assert not (tmp_path / "out").exists()
+
+    def test_help(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = written(tmp_path / "run.yaml", joint_settings(tmp_path))
+        with pytest.raises(SystemExit):
+            main(["train", "--config", str(path), "--help"])
+        text = capsys.readouterr().out
+        for flag in ("--saes", "--hook_names", "--objective", "--max_grad_norm"):
+            assert flag in text
+        for hidden in ("--evaluator", "--_hook_names_per_sae", "--l1_coefficient"):
+            assert hidden not in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "had", "hook"),
+    [
+        ("HookedTransformer", "AutoModelForCausalLM", "transformer.h.0"),
+        ("AutoModelForCausalLM", "AutoModelForCausalLM", "transformer.h.0"),
+        ("TransformerBridge", "TransformerBridge", "blocks.1.hook_resid_pre"),
+    ],
+)
+def test_the_metadata_name_the_class_that_a_folder_gave(
+    asked: str, had: str, hook: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = hugging_face_folder(tmp_path / "model")
+    flags = "--d_in 16 --d_sae 24 --context_size 16 --store_batch_size_prompts 2 --train_batch_size_tokens 32"
+    flags += f" --training_tokens 64 --log_to_wandb false --verbose false --objective e2e --hook_name {hook}"
+    flags += f" --model_class_name {asked} --model_name {folder} --dataset_path {rows(tmp_path)}"
+    said(capsys, "train", *flags.split(), "--output_path", str(tmp_path / "out"), "--checkpoint_path")
+    recorded = SAE.load_from_disk(tmp_path / "out").cfg.metadata
+    assert (recorded.model_name, recorded.model_class_name) == (str(folder), had)
+    assert recorded.model_from_pretrained_kwargs == {}
+    settings = json.loads((tmp_path / "out" / "runner_cfg.json").read_text())
+    assert (settings["model_class_name"], settings["model_from_pretrained_kwargs"]) == (had, {})
+    again = str(tmp_path / "again")
+    said(capsys, "train", "--config", str(tmp_path / "out" / "runner_cfg.json"), "--output_path", again)
+    assert SAE.load_from_disk(again).cfg.metadata.model_class_name == had

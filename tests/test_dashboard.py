@@ -212,7 +212,7 @@ def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path: Path, monke
         ChildProcessError, match=r"cannot make an environment for SAEDashboard: ERROR: .*; make one yourself"
     ):
         environment.own_python()
-    assert list((tmp_path / "sae-lens-e2e").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

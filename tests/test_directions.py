@@ -1,7 +1,7 @@
 """Principal directions, how they are reconstructed and what resampling them costs, against the same written out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.splice import Splice, make_splice
+from sae_lens_e2e.splice import Clean, Replace, Site, Spliced, SplicedModel, Where
 from sae_lens_e2e.studies.directions import (
     Directions,
     ablation_kl,
@@ -71,10 +71,16 @@ def naive_kl(clean_logits: Tensor, ablated_logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def recorded(splice: Splice) -> Iterator[list[Tensor]]:
-    """What the splice puts in at its hook."""
+def recorded(splice: SplicedModel, hook: str) -> Iterator[list[Tensor]]:
+    """The activations at a hook in every spliced pass, after what is put in there."""
     put_in, spliced = [], splice.spliced
-    splice.spliced = lambda clean, activation: put_in.append(activation) or spliced(clean, activation)
+
+    def recording(clean: Clean, where: Where, replace: Mapping[Site, Replace]) -> Spliced:
+        found = spliced(clean, where, replace, [hook])
+        put_in.append(found.at[hook])
+        return found
+
+    splice.spliced = recording  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield put_in
     finally:
@@ -161,17 +167,17 @@ def test_every_figure_is_its_definition(settings: dict[str, Any]) -> None:
 
 def test_resampling_exchanges_one_coordinate_among_the_counted_tokens_and_is_measured_in_kl() -> None:
     model = random_model()
-    splice = make_splice(model, HOOK)
+    splice, site = SplicedModel(model), Site.of_sae(HOOK)
     mask = ~torch.isin(TOKENS, torch.arange(8))
     mask[:, 9:] = False
     counted = mask.clone()
     counted[:, 0] = False
     components = pca([activations(model)[mask]])
-    prompts = [(TOKENS[:4], mask[:4]), (TOKENS[4:], mask[4:])]
-    with recorded(splice) as put_in:
-        kl, n_tokens = ablation_kl(splice, prompts, components.directions[[0, 5]], seed=1)
+    prompts = [(TOKENS[:4], Where(mask[:4])), (TOKENS[4:], Where(mask[4:]))]
+    with recorded(splice, HOOK) as put_in:
+        kl, n_tokens = ablation_kl(splice, site, prompts, components.directions[[0, 5]], seed=1)
     assert n_tokens == int(counted.sum())
-    x = torch.cat([splice.clean(tokens).activation for tokens, _ in prompts])
+    x = torch.cat([splice.clean(tokens, [site]).at[HOOK] for tokens, _ in prompts])
     torch.testing.assert_close(x, activations(model))
     clean_logits = model(TOKENS).detach()
     for found, direction, ablated in zip(
@@ -270,11 +276,10 @@ def test_a_hugging_face_model() -> None:
         x = model(TOKENS, output_hidden_states=True).hidden_states[1]
     directions, variance = naive_pca(x.flatten(0, 1))
     assert found.explained_variance == pytest.approx((variance / variance.sum())[[0, 15]], rel=1e-4)
-    splice = make_splice(proxy, "transformer.h.0")
-    with recorded(splice) as put_in:
-        kl, _ = ablation_kl(
-            splice, [(TOKENS[:5], torch.ones(5, 12, dtype=torch.bool))], torch.from_numpy(directions[:1])
-        )
+    splice, hook = SplicedModel(proxy), "transformer.h.0"
+    with recorded(splice, hook) as put_in:
+        prompts = [(TOKENS[:5], Where.everywhere(TOKENS[:5]))]
+        kl, _ = ablation_kl(splice, Site.of_sae(hook), prompts, torch.from_numpy(directions[:1]))
 
     def put(_module: Any, _args: Any, output: Any) -> Any:
         return (put_in[0], *output[1:]) if isinstance(output, tuple) else put_in[0]
@@ -291,12 +296,12 @@ def test_a_hugging_face_model() -> None:
 
 def test_low_precision_is_resampled_in_float32() -> None:
     model = random_model(dtype=torch.bfloat16)
-    splice, mask = make_splice(model, HOOK), torch.zeros(1, 12, dtype=torch.bool)
+    splice, site, mask = SplicedModel(model), Site.of_sae(HOOK), torch.zeros(1, 12, dtype=torch.bool)
     mask[0, [3, 8]] = True
     direction = torch.nn.functional.normalize(torch.arange(1.0, 17), dim=0)
-    x = splice.clean(TOKENS[:1]).activation
-    with recorded(splice) as put_in:
-        ablation_kl(splice, [(TOKENS[:1], mask)], direction[None])
+    x = splice.clean(TOKENS[:1], [site]).at[HOOK]
+    with recorded(splice, HOOK) as put_in:
+        ablation_kl(splice, site, [(TOKENS[:1], Where(mask))], direction[None])
     expected = x.float()
     change = (expected[0, 8] - expected[0, 3]) @ direction
     expected[0, [3, 8]] += torch.stack([change * direction, -change * direction])
@@ -337,6 +342,8 @@ def test_tokens_come_in_any_form() -> None:
     with_text = dataset_of(TOKENS).add_column("text", ["x"] * 10)  # pyright: ignore[reportCallIssue]
     for tokens in (dataset_of(TOKENS), with_text, iter(TOKENS.split(4)), list(TOKENS.int().split(4))):
         assert measure_directions(sae, model, tokens, directions=[0, 7], batch_size_prompts=4) == expected
+    both = Dataset.from_dict({"input_ids": TOKENS.flip(0).tolist(), "tokens": TOKENS.tolist()})
+    assert measure_directions(sae, model, both, directions=[0, 7], batch_size_prompts=4) == expected
     shuffled = dataset_of(TOKENS).select([4, 2])
     assert measure_directions(sae, model, shuffled, directions=[0]).n_tokens == 24
 
@@ -395,6 +402,7 @@ def test_errors_say_what_to_do() -> None:
     fails("rows of one length", Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
     fails("ids in batches", TOKENS[0])
     fails("ids in batches", TOKENS.float())
-    fails("no input_ids", Dataset.from_dict({"text": ["a"]}))
+    fails("holds text, in its column 'text'; tokenise it", Dataset.from_dict({"text": ["a"]}))
+    fails("the columns label; name that of its tokens", Dataset.from_dict({"label": ["a"]}))
     fails("leave 0 tokens", sae=sae_at(exclude_special_tokens=list(range(61))))
     fails("needs the model's tokenizer", sae=sae_at(exclude_special_tokens=True))

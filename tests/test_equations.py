@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardTrainingSAEConfig
+from sae_lens import BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_e2e import E2E, E2EDownstream, Local, Objective
 from sae_lens_e2e.splice import frozen
 from tests.models import random_model, random_tokens
+from tests.pairwise import pairwise
 from tests.training import gradients, make_runner, make_trainer, runner_config
 
 DOWNSTREAM = ("blocks.2.hook_resid_pre", "blocks.2.mlp.hook_post", "blocks.2.hook_resid_post")
@@ -23,6 +24,14 @@ OBJECTIVES = [
     E2E(kl_coefficient=0.7, mse_coefficient=0.3),
     E2EDownstream(downstream_hooks=DOWNSTREAM),
     E2EDownstream(kl_coefficient=0.2, downstream_coefficient=1.7, downstream_hooks=DOWNSTREAM[:1], mse_coefficient=0.1),
+]
+PLACES = [
+    ("blocks.1.hook_resid_pre", None, 16),
+    ("blocks.1.hook_resid_post", None, 16),
+    ("blocks.1.hook_mlp_out", None, 16),
+    ("blocks.1.attn.hook_z", None, 16),
+    ("blocks.1.attn.hook_z", 2, 4),
+    ("blocks.0.hook_resid_mid", None, 16),
 ]
 L1 = 0.02
 N_PROMPTS, N_POS = 4, 12
@@ -78,23 +87,15 @@ def naive_loss(
     return loss
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all-tokens", "masked"])
 @pytest.mark.parametrize(
-    ("hook_name", "head", "d_in"),
-    [
-        ("blocks.1.hook_resid_pre", None, 16),
-        ("blocks.1.hook_resid_post", None, 16),
-        ("blocks.1.hook_mlp_out", None, 16),
-        ("blocks.1.attn.hook_z", None, 16),
-        ("blocks.1.attn.hook_z", 2, 4),
-        ("blocks.0.hook_resid_mid", None, 16),
-    ],
+    ("objective", "normalization_type", "place", "masked"),
+    pairwise(OBJECTIVES, ("LN", "RMS"), PLACES, (False, True)),
+    ids=lambda v: f"{v.name}-{v.mse_coefficient}" if isinstance(v, Objective) else str(v),  # pyright: ignore[reportAttributeAccessIssue]
 )
-@pytest.mark.parametrize("normalization_type", ["LN", "RMS"])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.mse_coefficient}")
 def test_engine_matches_the_equations(
-    objective: Objective, normalization_type: str, hook_name: str, head: int | None, d_in: int, masked: bool
+    objective: Objective, normalization_type: str, place: tuple[str, int | None, int], masked: bool
 ) -> None:
+    hook_name, head, d_in = place
     model = random_model(normalization_type, dtype=torch.float64)
     tokens = random_tokens(N_PROMPTS, N_POS, 61)
     excluded = [0, 1, 2, 3, 4, 5, 6, 7]
@@ -127,3 +128,18 @@ def test_engine_matches_the_equations(
     for name, parameter in sae.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_looking_at_a_gradient_changes_nothing() -> None:
+    tokens = random_tokens(N_PROMPTS, N_POS, 61)
+    sae = BatchTopKTrainingSAEConfig(d_in=16, d_sae=40, k=4)
+    steps = []
+    for look in (False, True):
+        trainer = make_trainer(make_runner(runner_config(sae=sae, objective="e2e")))
+        if look:
+            assert all(gradient.any() for gradient in gradients(trainer, tokens).values())
+            assert trainer.n_training_samples == trainer.n_training_steps == trainer.n_frac_active_samples == 0
+            assert all(p.grad is None for p in trainer.sae.parameters())
+        loss = trainer.step(tokens).loss
+        steps.append((loss, trainer.sae.state_dict(), trainer.act_freq_scores, trainer.n_forward_passes_since_fired))
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)

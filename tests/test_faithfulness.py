@@ -20,7 +20,7 @@ from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.splice.unembedding import LinearHead, LogitsHead
+from sae_lens_e2e.splice.unembedding import LinearUnembedding, ModuleUnembedding
 from sae_lens_e2e.studies.agreement import TEMPLATES, agreement_pairs
 from sae_lens_e2e.studies.contrast import ContrastPair, tokenize_pair
 from sae_lens_e2e.studies.faithfulness import Faithfulness, faithfulness, faithfulness_frame, logit_difference
@@ -388,9 +388,9 @@ def test_logit_difference_is_that_of_log_probabilities(soft_cap: float | None) -
 
     log_p = logits(hidden).log_softmax(-1).gather(-1, choices)
     expected = (log_p[:, 0] - log_p[:, 1]).float()
-    torch.testing.assert_close(logit_difference(LinearHead(weight, bias, soft_cap), hidden, choices), expected)
-    torch.testing.assert_close(logit_difference(LogitsHead(logits, 30), hidden, choices).float(), expected)
-    low = LinearHead(weight.bfloat16(), bias.bfloat16(), soft_cap)
+    torch.testing.assert_close(logit_difference(LinearUnembedding(weight, bias, soft_cap), hidden, choices), expected)
+    torch.testing.assert_close(logit_difference(ModuleUnembedding(logits, 30), hidden, choices).float(), expected)
+    low = LinearUnembedding(weight.bfloat16(), bias.bfloat16(), soft_cap)
     found = logit_difference(low, hidden.bfloat16(), choices)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
@@ -540,11 +540,14 @@ def test_a_continuation_is_what_follows_in_its_tokenizer() -> None:
 
 
 def never_run(model: HookedTransformer) -> HookedTransformer:
-    def fail(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was run")
+    """A model that runs on the few tokens that are tried on any, and on no prompt."""
+    forward = model.forward
 
-    for name in ("forward", "input_to_embed"):
-        object.__setattr__(model, name, fail)
+    def tried(tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert torch.equal(tokens[0], torch.arange(tokens.shape[1])), "the model was run"
+        return forward(tokens, *args, **kwargs)
+
+    object.__setattr__(model, "forward", tried)
     return model
 
 

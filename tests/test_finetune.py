@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer
 from sae_lens_e2e.architectures.going_on import ARCHITECTURES, training_sae_from
 from tests.models import dataset_of, random_model, random_tokens
 from tests.saes import COMPLETE, activations, features_and_output, inference_sae, training_sae
-from tests.training import make_runner, make_trainer, runner_config
+from tests.training import make_runner, make_trainer, runner_config, tried_step
 
 HOOK = "blocks.1.hook_resid_pre"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -131,7 +131,7 @@ def test_at_step_0_the_loss_is_that_of_the_loaded_sae(
     assert metrics["model_performance_preservation"]["ce_loss_with_sae"] == pytest.approx(expected, abs=1e-5)
 
     trainer = make_trainer(runner)
-    first = trainer.forward_backward(tokens, torch.ones_like(tokens, dtype=torch.bool), 1.0)
+    first, _ = tried_step(trainer, tokens)
     assert float(first.losses["kl"]) == pytest.approx(kl_with(loaded, model, tokens), abs=1e-5)
 
 

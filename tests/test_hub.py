@@ -375,7 +375,7 @@ def test_the_card_states_what_evaluate_measures() -> None:
     assert figures["alive features"] == str(evaluation.n_alive)
     assert figures["tokens evaluated"] == "96"
     assert "d_sae" not in figures
-    layers = {row["at"]: float(row["mse"]) for row in rows if "figure" not in row}
+    layers = {row["at"]: float(row["MSE (squared activation)"]) for row in rows if "figure" not in row}
     assert layers.keys() == evaluation.layers.keys()
     assert all(layers[hook] == pytest.approx(evaluation.layers[hook].mse, rel=1e-3) for hook in layers)
 

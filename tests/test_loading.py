@@ -8,13 +8,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from sae_lens.load_model import HookedProxyLM
 from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.loading import is_local, load_documents, load_model, tokenised
+from sae_lens_e2e.loading import is_local, load_documents, load_model, model_class_of, tokenised
 from tests.models import random_tokens
 
 TEXTS = [f"Once upon a time there were {n} little birds." for n in range(20)]
@@ -65,10 +64,61 @@ def test_a_transformer_lens_folder(tied: bool, tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_a_hugging_face_folder(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    model = load_model(str(folder_with_tokenizer(tmp_path)))
-    assert isinstance(model, HookedProxyLM)
+def hugging_face_folder(folder: Path) -> tuple[Path, GPT2LMHeadModel]:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
+    model.save_pretrained(folder)
+    return folder_with_tokenizer(folder), model
+
+
+@pytest.mark.parametrize("inside", ["", "huggingface"])
+@pytest.mark.parametrize(
+    ("model_class", "had"),
+    [
+        # The default, of which there is none in the folder.
+        ("HookedTransformer", "AutoModelForCausalLM"),
+        ("AutoModelForCausalLM", "AutoModelForCausalLM"),
+        ("TransformerBridge", "TransformerBridge"),
+    ],
+)
+def test_a_hugging_face_folder(
+    inside: str, model_class: str, had: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, saved = hugging_face_folder(tmp_path / inside)
+    model = load_model(str(tmp_path), "cpu", model_class)
+    assert model_class_of(model) == had
+    assert model.tokenizer is not None
+    tokens = random_tokens(2, 8, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), saved(tokens).logits)
+
+
+def test_kwargs_are_those_of_the_class(tmp_path: Path) -> None:
+    name = str(hugging_face_folder(tmp_path)[0])
+    for model_class in ("AutoModelForCausalLM", "TransformerBridge"):
+        model = load_model(name, "cpu", model_class, {"dtype": torch.float64})
+        assert next(model.parameters()).dtype == torch.float64
+    # SAELens' default for the default class.
+    assert model_class_of(load_model(name, "cpu", "HookedTransformer", {"center_writing_weights": False}))
+    for saved in (name, "embedded"):
+        with pytest.raises(ValueError, match=r"model_from_pretrained_kwargs={'fold_ln': True}: .* as it was saved"):
+            load_model(saved, "cpu", "HookedTransformer", {"fold_ln": True, "center_writing_weights": False})
+
+
+def test_a_class_that_cannot_be_had_of_a_model_on_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "tl" / "transformer_lens").mkdir(parents=True)
+    folder_with_tokenizer(tmp_path / "tl" / "huggingface")
+    (tmp_path / "apollo.pt").touch()
+    for name in ("embedded", str(tmp_path / "tl"), str(tmp_path / "apollo.pt")):
+        for model_class in ("TransformerBridge", "AutoModelForCausalLM", "HookedMamba"):
+            with pytest.raises(ValueError, match=rf"model_class_name='{model_class}': .* as a HookedTransformer only"):
+                load_model(name, "cpu", model_class)
+    hugging_face_folder(tmp_path / "hf")
+    with pytest.raises(ValueError, match="model_class_name='HookedMamba' must be one of"):
+        load_model(str(tmp_path / "hf"), "cpu", "HookedMamba")
+    for model_class in ("HookedTransformer", "TransformerBridge"):
+        with pytest.raises(FileNotFoundError, match=r"holds neither transformer_lens/config\.json nor"):
+            load_model(str(tmp_path), "cpu", model_class)
 
 
 def test_a_model_of_apollos(tmp_path: Path) -> None:
@@ -119,9 +169,11 @@ def test_text_is_packed_into_rows_and_tokens_are_passed_through() -> None:
     assert {row[0] for row in rows["input_ids"]} == {tokenizer.bos_token_id}
     tokens = Dataset.from_dict({"tokens": [[1, 2], [3, 4]]})
     assert tokenised(tokens, model, 2) is tokens
-    with pytest.raises(ValueError, match=r"no column of tokens .* it has story"):
+    problems = Dataset.from_dict({"problem": TEXTS})
+    assert tokenised(problems, model, 16)["input_ids"][:] == rows["input_ids"][:]
+    with pytest.raises(ValueError, match=r"has the columns story; name that of its tokens"):
         tokenised(Dataset.from_dict({"story": TEXTS}), model, 16)
-    with pytest.raises(ValueError, match="it has nothing"):
+    with pytest.raises(ValueError, match="no rows or columns"):
         tokenised(Dataset.from_dict({"text": []}), model, 16)
 
 
@@ -134,6 +186,8 @@ def test_what_is_nowhere_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="model 'gpt2-no-such' is none that HookedTransformer knows"):
         load_model("gpt2-no-such")
+    with pytest.raises(ConnectionError, match="model 'someone/no-such'"):
+        load_model("someone/no-such", "cpu", "TransformerBridge")
     with pytest.raises(ConnectionError, match="dataset 'someone/no-such'"):
         load_documents("someone/no-such")
     (tmp_path / "notes.txt").write_text("no data")

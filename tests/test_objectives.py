@@ -7,46 +7,51 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from sae_lens import LoggingConfig
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_e2e import E2E, E2EDownstream, Local, Objective, SplicedBatch, Term
+from sae_lens_e2e import E2E, Batch, CrossEntropy, E2EDownstream, Local, Objective, Part, Term
 from sae_lens_e2e.objectives import base
 from sae_lens_e2e.objectives.plugins import make_objective
-from sae_lens_e2e.splice import frozen
-from sae_lens_e2e.splice.unembedding import LinearHead
+from sae_lens_e2e.splice import Where, frozen
+from sae_lens_e2e.splice.unembedding import LinearUnembedding
 from tests.models import random_tokens
 from tests.training import gradients, make_runner, make_trainer, runner_config
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.3.hook_resid_pre")
-ALL = [Local, E2E, E2EDownstream]
+ALL = [Local, E2E, E2EDownstream, CrossEntropy]
 N_TOKENS, D_MODEL, D_VOCAB = 6, 4, 11
 COEFFICIENTS = [(cls, f.name) for cls in ALL for f in dataclasses.fields(cls) if f.name.endswith("_coefficient")]
 
 
-def batch(hooks: tuple[str, ...] = HOOKS, with_logits: bool = True) -> SplicedBatch:
+def batch(hooks: tuple[str, ...] = HOOKS, with_logits: bool = True) -> Batch:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return SplicedBatch(
-        tokens=torch.arange(N_TOKENS),
-        mse_loss=torch.tensor(0.25, dtype=torch.float64),
+    tokens = torch.arange(N_TOKENS)[None]
+    activations = normal(N_TOKENS, D_MODEL)
+    here = {"blocks.1.hook_resid_pre": activations}
+    return Batch(
+        prompts=tokens,
+        where=Where.everywhere(tokens),
+        parts={"sae": Part(activations, activations, here, here, torch.tensor(0.25, dtype=torch.float64))},
         clean={hook: normal(N_TOKENS, D_MODEL) for hook in hooks},
         spliced={hook: normal(N_TOKENS, D_MODEL) for hook in hooks},
         clean_final=normal(N_TOKENS, D_MODEL) if with_logits else None,
         spliced_final=normal(N_TOKENS, D_MODEL) if with_logits else None,
-        head=LinearHead(normal(D_MODEL, D_VOCAB)) if with_logits else None,
+        unembedding=LinearUnembedding(normal(D_MODEL, D_VOCAB)) if with_logits else None,
     )
 
 
-def naive_kl(b: SplicedBatch) -> Tensor:
+def naive_kl(b: Batch) -> Tensor:
     """KL(clean ‖ spliced) at each token."""
-    assert isinstance(b.head, LinearHead)
+    assert isinstance(b.unembedding, LinearUnembedding)
     assert b.clean_final is not None
     assert b.spliced_final is not None
-    p, q = (b.clean_final @ b.head.weight).softmax(-1), (b.spliced_final @ b.head.weight).softmax(-1)
+    p, q = (b.clean_final @ b.unembedding.weight).softmax(-1), (b.spliced_final @ b.unembedding.weight).softmax(-1)
     return (p * (p / q).log()).sum(-1)
 
 
@@ -56,8 +61,9 @@ def test_defaults_are_the_papers() -> None:
     assert E2EDownstream() == E2EDownstream(
         kl_coefficient=0.5, downstream_coefficient=2.5, downstream_hooks=None, mse_coefficient=0.0
     )
-    assert [cls.name for cls in ALL] == ["local", "e2e", "e2e_ds"]
-    assert [cls.compares_logits for cls in ALL] == [False, True, True]
+    assert CrossEntropy() == CrossEntropy(ce_coefficient=1.0, mse_coefficient=0.0)
+    assert [cls.name for cls in ALL] == ["local", "e2e", "e2e_ds", "ce"]
+    assert [cls.compares_logits for cls in ALL] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, math.inf, -math.inf, True, False, None, "1"], ids=repr)
@@ -154,15 +160,17 @@ def test_settings_survive_json(objective: Objective) -> None:
 
 def test_local_is_the_architectures_own_mse() -> None:
     b = batch((), with_logits=False)
-    assert Local(mse_coefficient=0.5).terms(b) == {"mse_loss": Term(b.mse_loss, 0.5)}
+    (term,) = Local(mse_coefficient=0.5).terms(b).values()
+    assert (term.coefficient, float(term.value())) == (0.5, 0.25)
 
 
 def test_e2e_is_the_mean_kl() -> None:
     b = batch(())
     terms = E2E(kl_coefficient=0.7, mse_coefficient=0.2).terms(b)
     assert list(terms) == ["kl", "mse_loss"]
-    torch.testing.assert_close(terms["kl"].value, naive_kl(b).mean(), rtol=1e-12, atol=0)
-    assert (terms["kl"].coefficient, terms["mse_loss"]) == (0.7, Term(b.mse_loss, 0.2))
+    torch.testing.assert_close(terms["kl"].value(), naive_kl(b).mean(), rtol=1e-12, atol=0)
+    assert (terms["kl"].coefficient, terms["mse_loss"].coefficient) == (0.7, 0.2)
+    assert float(terms["mse_loss"].value()) == 0.25
 
 
 def test_downstream_is_the_mean_over_hooks_of_their_means() -> None:
@@ -174,15 +182,30 @@ def test_downstream_is_the_mean_over_hooks_of_their_means() -> None:
         "downstream_mse": 2.5,
         "mse_loss": 0.0,
     }
-    torch.testing.assert_close(terms["kl"].value, naive_kl(b).mean(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(terms["downstream_mse"].value, sum(by_hook.values()) / 2, rtol=1e-12, atol=0)
-    torch.testing.assert_close(dict(terms["downstream_mse"].parts), by_hook, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms["kl"].value(), naive_kl(b).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms["downstream_mse"].value(), sum(by_hook.values()) / 2, rtol=1e-12, atol=0)
+    found = terms["downstream_mse"].parts
+    assert found is not None
+    torch.testing.assert_close(dict(found()), by_hook, rtol=1e-12, atol=0)
 
 
 def test_kl_with_token_weights_is_their_weighted_sum() -> None:
     b = batch(())
     weights = torch.rand(N_TOKENS, dtype=torch.float64)
     torch.testing.assert_close(b.kl(weights), weights @ naive_kl(b), rtol=1e-12, atol=0)
+
+
+def test_ce_is_the_mean_over_the_tokens_that_are_followed_by_one() -> None:
+    b = batch(())
+    assert isinstance(b.unembedding, LinearUnembedding)
+    assert b.spliced_final is not None
+    log_q = (b.spliced_final @ b.unembedding.weight).log_softmax(-1)
+    naive = -torch.stack([log_q[i, i + 1] for i in range(N_TOKENS - 1)])
+    (ce, mse) = CrossEntropy(ce_coefficient=0.3).terms(b).values()
+    torch.testing.assert_close(ce.value(), naive.mean(), rtol=1e-12, atol=0)
+    assert (ce.coefficient, mse.coefficient) == (0.3, 0.0)
+    weights = torch.rand(N_TOKENS, dtype=torch.float64)
+    torch.testing.assert_close(b.cross_entropy(weights), weights[:-1] @ naive, rtol=1e-12, atol=0)
 
 
 def test_kl_without_logits_says_what_to_set() -> None:
@@ -214,21 +237,26 @@ class Watched(Objective):
     mse_coefficient: float = 1.0
     watched_coefficient: float = 0.0
     factor: float = 1.0
+    called: ClassVar[int] = 0
 
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
-        watched: Any = CountedBackward.apply(batch.mse_loss * self.factor)
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        def watched() -> Any:
+            Watched.called += 1
+            return CountedBackward.apply(batch.mse_loss * self.factor)
+
         return {
-            "mse_loss": Term(batch.mse_loss, self.mse_coefficient),
-            "watched": Term(watched, self.watched_coefficient),
+            "mse_loss": Term(self.mse_coefficient, lambda: batch.mse_loss),
+            "watched": Term(self.watched_coefficient, watched),
         }
 
 
-def one_pass(objective: Objective) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Gradients and logged losses of one batch."""
-    trainer = make_trainer(make_runner(runner_config(objective=objective)))
+def one_pass(objective: Objective, log_every: int = 1) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients and losses of one batch."""
+    logger = LoggingConfig(log_to_wandb=False, wandb_log_frequency=log_every)
+    trainer = make_trainer(make_runner(runner_config(objective=objective, logger=logger)))
     tokens = random_tokens(2, 12, 61)
-    with frozen(trainer.splice.model):
+    with frozen(trainer.group.model.model):
         found = gradients(trainer, tokens)
         output = trainer.step(tokens)
     return found, {name: float(value) for name, value in output.losses.items()}
@@ -246,6 +274,18 @@ def test_a_term_without_weight_is_logged_but_not_differentiated() -> None:
     assert CountedBackward.asked == 2  # once for the gradients, once in the step: what is counted is the backward pass
 
 
+def test_a_term_without_weight_is_not_even_worked_out_when_nobody_looks() -> None:
+    Watched.called = 0
+    _, losses = one_pass(Watched(factor=math.inf), log_every=10)
+    assert Watched.called == 0
+    assert set(losses) == {"mse_loss", "l1_loss"}
+
+
+def test_a_term_as_it_was_in_0_1_is_refused_with_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r"since 0\.2 .* Term\(0\.5, lambda: batch\.kl\(\)\)"):
+        Term(torch.tensor(1.0), 0.5)  # pyright: ignore[reportArgumentType]
+
+
 def test_coefficients_add_up_in_the_gradient() -> None:
     halves, _ = one_pass(Watched(mse_coefficient=0.5, watched_coefficient=0.5))
     whole, _ = one_pass(Local())
@@ -258,7 +298,7 @@ def test_an_objective_without_coefficients_is_allowed() -> None:
         name: ClassVar[str] = "bare"
 
         @override
-        def terms(self, batch: SplicedBatch) -> dict[str, Term]:
-            return {"mse_loss": Term(batch.mse_loss, 1.0)}
+        def terms(self, batch: Batch) -> dict[str, Term]:
+            return {"mse_loss": Term(1.0, lambda: batch.mse_loss)}
 
     assert Bare().to_dict() == {"name": "bare"}

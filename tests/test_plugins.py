@@ -18,18 +18,20 @@ from typing_extensions import override
 
 from sae_lens_e2e import (
     E2E,
+    Batch,
+    CrossEntropy,
     E2EDownstream,
     Local,
     Objective,
     PluginWarning,
-    SplicedBatch,
     Term,
     available_objectives,
     get_objective,
     hookimpl,
 )
 from sae_lens_e2e.objectives.plugins import OWN_PACKAGE, make_objective, plugin_manager
-from sae_lens_e2e.splice.unembedding import LinearHead
+from sae_lens_e2e.splice import Where
+from sae_lens_e2e.splice.unembedding import LinearUnembedding
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin_objective"
@@ -123,6 +125,7 @@ def test_installed_plugin_is_listed_with_its_package(report: dict[str, Any]) -> 
         "local": OWN_PACKAGE,
         "e2e": OWN_PACKAGE,
         "e2e_ds": OWN_PACKAGE,
+        "ce": OWN_PACKAGE,
         "token_weighted_kl": "sae-lens-e2e-token-weighted",
     }
 
@@ -166,13 +169,14 @@ def test_example_weighs_every_distinct_token_alike(token_weighted_kl: type[Objec
     tokens = torch.tensor([7, 7, 7, 2, 2, 9])
     spliced, clean = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, 11, generator=generator, dtype=torch.float64)
-    batch = SplicedBatch(tokens, spliced.new_zeros(()), {}, {}, clean, spliced, LinearHead(weight))
+    where = Where.everywhere(tokens[None])
+    batch = Batch(tokens[None], where, {}, {}, {}, clean, spliced, LinearUnembedding(weight))
     log_p, log_q = (clean @ weight).log_softmax(-1), (spliced @ weight).log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     expected = (kl[:3].mean() + kl[3:5].mean() + kl[5]) / 3
     (term,) = token_weighted_kl().terms(batch).values()
-    assert float(term.value) == pytest.approx(float(expected), rel=1e-6)
-    assert float(term.value) != pytest.approx(float(kl.mean()), rel=1e-2)
+    assert float(term.value()) == pytest.approx(float(expected), rel=1e-6)
+    assert float(term.value()) != pytest.approx(float(kl.mean()), rel=1e-2)
     assert term.coefficient == 1.0
 
 
@@ -187,8 +191,8 @@ class Mine(Objective):
     scales: tuple[float, ...] = (1.0,)
 
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
-        return {"mse_loss": Term(batch.mse_loss, self.mse_coefficient)}
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        return {"mse_loss": Term(self.mse_coefficient, lambda: batch.mse_loss)}
 
 
 @dataclass(frozen=True)
@@ -199,8 +203,8 @@ class Theirs(Mine):
 @dataclass(frozen=True)
 class Nameless(Objective):
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
-        return {"mse_loss": Term(batch.mse_loss, 1.0)}
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        return {"mse_loss": Term(1.0, lambda: batch.mse_loss)}
 
 
 def plugin_with(*objectives: Any, then_raise: Exception | None = None) -> ModuleType:
@@ -235,8 +239,9 @@ def test_built_in_objectives_are_registered_by_this_package() -> None:
         "local": Local,
         "e2e": E2E,
         "e2e_ds": E2EDownstream,
+        "ce": CrossEntropy,
     }
-    assert list(available_objectives())[:3] == ["local", "e2e", "e2e_ds"]
+    assert list(available_objectives())[:4] == ["local", "e2e", "e2e_ds", "ce"]
 
 
 def test_a_plugins_objective_goes_by_its_name_while_it_is_installed() -> None:

@@ -31,7 +31,7 @@ def run(code: str, cwd: Path, python_path: str = "") -> str:
 
 
 def test_the_readme_has_the_snippets_that_are_run() -> None:
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
     assert TOKENS.search(SNIPPETS[0])
 
 
@@ -42,8 +42,16 @@ def test_the_first_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "my_sae" / "cfg.json").read_text())["metadata"]["objective"]["name"] == "e2e_ds"
 
 
+def test_the_second_snippet_trains_several_and_saves_each(tmp_path: Path) -> None:
+    run(shortened(SNIPPETS[1]), tmp_path)
+    for name in ("early", "late"):
+        metadata = json.loads((tmp_path / "my_saes" / name / "cfg.json").read_text())["metadata"]
+        assert metadata["objective"]["name"] == "e2e"
+        assert set(metadata["companions"]) == {"early", "late"} - {name}
+
+
 def test_the_plugin_snippet_trains(tmp_path: Path) -> None:
-    (tmp_path / "rare.py").write_text(SNIPPETS[1])
+    (tmp_path / "rare.py").write_text(SNIPPETS[2])
     register = "import rare; from sae_lens_e2e.objectives.plugins import plugin_manager; plugin_manager().register(rare, name='rare')\n"
     code = shortened(SNIPPETS[0]).replace('objective="e2e_ds"', 'objective="rare_kl"')
     run(register + code + "\nprint(cfg.objective)", tmp_path, python_path=str(tmp_path))

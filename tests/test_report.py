@@ -22,14 +22,16 @@ from safetensors.torch import load_file
 from sae_lens_e2e import embedded
 from sae_lens_e2e.evaluation import Evaluation, FiringHistogram, LayerEvaluation, evaluate_many
 from sae_lens_e2e.evaluation.files import write_evaluation
+from sae_lens_e2e.evaluation.formats import count, decimals, nats
 from sae_lens_e2e.figures import FIGURES
 from sae_lens_e2e.report import MEASURES, close_up, evaluations, make_report, published, selection
+from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import Drawing
 from sae_lens_e2e.report.findings import Finding, findings
 from sae_lens_e2e.report.page import figure
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member, collect
-from sae_lens_e2e.report.table import Column, Table, count, decimals, latex, nats
+from sae_lens_e2e.report.table import Column, Table, latex
 from sae_lens_e2e.report.tables import SECONDS, tables
 from sae_lens_e2e.studies.geometry import Geometry, Interval
 from sae_lens_e2e.training.history import write_history
@@ -311,6 +313,15 @@ def test_bad_saes_among_good_ones_are_left_out_and_the_page_says_why(tmp_path: P
     assert "2, 8 left out" in page
 
 
+def test_of_two_columns_of_tokens_the_one_that_is_trained_on_is_read(tmp_path: Path) -> None:
+    members, _ = collect([save(an_sae(), tmp_path / "sae")])
+    tokens, other = random_tokens(8, N_CTX, D_VOCAB), random_tokens(8, N_CTX, D_VOCAB, seed=1)
+    both = Dataset.from_dict({"input_ids": other.tolist(), "tokens": tokens.tolist()})
+    bench, kept, _ = set_up(members, random_model(), both, 10**6, BATCH, "cpu")
+    assert torch.equal(bench.tokens, tokens)
+    assert (bench.setting.hook_name, [one.name for one in kept]) == (HOOK, [members[0].name])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -406,7 +417,7 @@ def test_text_from_outside_cannot_become_markup(tmp_path: Path) -> None:
     assert name not in page.read_text()
     assert ("b", {}) not in Elements(page).elements
     assert "A &lt;script&gt;" in page.read_text()
-    part = figure(Drawing("some", "", "", json.dumps({"title": name}), None))
+    part = figure(Drawing("some", "", "", json.dumps({"title": name})))
     assert "<" not in part["json"]
     assert json.loads(part["json"]) == {"title": name}
 

@@ -10,16 +10,16 @@ import torch
 import wandb
 import yaml
 from sae_lens import SAE
-from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 
-from sae_lens_e2e import E2EDownstream, E2ETrainingRunner
+from sae_lens_e2e import E2EDownstream, E2EMultiRunnerConfig, E2EMultiTrainingRunner, E2ERunnerConfig, E2ETrainingRunner
+from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.loading import load_documents, load_model
-from sae_lens_e2e.splice import HookedTransformerSplice
-from sae_lens_e2e.sweep import failures, read_sweep, run_sweep
+from sae_lens_e2e.splice import SplicedModel
+from sae_lens_e2e.sweep import Point, failures, read_sweep, run_sweep
 from sae_lens_e2e.sweep.run import groups
 from sae_lens_e2e.training import history
-from sae_lens_e2e.training.step import PromptBatches
+from sae_lens_e2e.training.prompts import PromptBatches
 
 BASE: dict[str, Any] = {
     "model_name": "embedded",
@@ -41,6 +41,13 @@ def sweep_file(folder: Path, grid: Any, base: Mapping[str, Any] = BASE, **sectio
     path = folder / "stories.yaml"
     path.write_text(yaml.safe_dump({"base": dict(base), "grid": grid, "evaluation": EVALUATION} | sections))
     return path
+
+
+def single(point: Point, folder: Path) -> E2ERunnerConfig[Any]:
+    """The config of a point of one SAE."""
+    cfg = point.config(folder)
+    assert isinstance(cfg, E2ERunnerConfig)
+    return cfg
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,7 +84,7 @@ def test_a_grid_is_every_combination_within_each_mapping(tmp_path: Path) -> None
         "local-l1_coefficient=1.0-seed=0",
         "local-l1_coefficient=1.0-seed=1",
     ]
-    cfg = sweep.points[3].config(tmp_path / "point")
+    cfg = single(sweep.points[3], tmp_path / "point")
     assert cfg.objective == E2EDownstream(downstream_coefficient=4.0)
     assert cfg.sae.l1_coefficient == 0.2
     assert cfg.output_path == str(tmp_path / "point")
@@ -96,7 +103,7 @@ def test_the_examples_are_sweeps_of_all_three_objectives(example: Path, tmp_path
 def test_an_architecture_can_be_an_axis(tmp_path: Path) -> None:
     base = BASE | {"sae": {"d_in": 64, "d_sae": 96}}
     sweep = read_sweep(sweep_file(tmp_path, {"sae.architecture": ["standard", "topk", "apollo"]}, base))
-    assert [point.config(tmp_path).sae.architecture() for point in sweep.points] == ["standard", "topk", "apollo"]
+    assert [single(point, tmp_path).sae.architecture() for point in sweep.points] == ["standard", "topk", "apollo"]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +141,15 @@ def test_a_file_that_is_no_sweep(tmp_path: Path) -> None:
         read_sweep(tmp_path / "bad.yaml")
 
 
-def test_points_share_a_pass_unless_model_hook_data_or_batches_differ(tmp_path: Path) -> None:
+def test_points_share_a_pass_wherever_they_sit_unless_model_data_or_batches_differ(tmp_path: Path) -> None:
     grid = {"hook_name": ["blocks.2.hook_resid_pre", "blocks.3.hook_resid_pre"], "seed": [0, 1], "lr": [0.1, 0.2]}
     sweep = read_sweep(sweep_file(tmp_path, grid))
     configs = {point.name: point.config(tmp_path) for point in sweep.points}
-    assert [len(group) for group in groups(configs)] == [4, 4]
-    assert [len(group) for group in groups(configs, together=3)] == [3, 1, 3, 1]
+    assert [len(group) for group in groups(configs)] == [8]
+    assert [len(group) for group in groups(configs, together=3)] == [3, 3, 2]
+    apart = [{"context_size": 8, "seed": 0}, {"seed": [0, 1]}, {"max_grad_norm": 2.0}]
+    sweep = read_sweep(sweep_file(tmp_path, apart))
+    assert [len(group) for group in groups({p.name: p.config(tmp_path) for p in sweep.points})] == [1, 2, 1]
     with pytest.raises(ValueError, match="together=0"):
         groups(configs, together=0)
 
@@ -154,7 +164,7 @@ def test_each_point_is_bit_for_bit_what_a_run_by_itself_gives(tmp_path: Path) ->
     assert list(frame["sae"]) == [point.name for point in sweep.points]
     documents, _ = load_documents("embedded")
     for point in sweep.points:
-        cfg = point.config(tmp_path / "alone" / point.name)
+        cfg = single(point, tmp_path / "alone" / point.name)
         E2ETrainingRunner(cfg, override_dataset=documents, override_model=load_model("embedded")).run()
         assert_same_weights(tmp_path / "together" / point.name, tmp_path / "alone" / point.name)
         log = read_history(tmp_path / "together" / point.name)
@@ -174,7 +184,7 @@ def test_architectures_and_normalisation_train_together_too(tmp_path: Path) -> N
     run_sweep(sweep, tmp_path / "together")
     documents, _ = load_documents("embedded")
     for point in sweep.points:
-        cfg = point.config(tmp_path / "alone" / point.name)
+        cfg = single(point, tmp_path / "alone" / point.name)
         torch.manual_seed(0)
         E2ETrainingRunner(cfg, override_dataset=documents, override_model=load_model("embedded")).run()
         assert_same_weights(tmp_path / "together" / point.name, tmp_path / "alone" / point.name)
@@ -183,13 +193,13 @@ def test_architectures_and_normalisation_train_together_too(tmp_path: Path) -> N
 def test_the_clean_pass_runs_once_for_all_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"clean": 0, "spliced": 0}
     for name in calls:
-        original = getattr(HookedTransformerSplice, name)
+        original = getattr(SplicedModel, name)
 
         def counted(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
             calls[_name] += 1
             return _original(self, *args, **kwargs)
 
-        monkeypatch.setattr(HookedTransformerSplice, name, counted)
+        monkeypatch.setattr(SplicedModel, name, counted)
     passes = {}
     for n in (1, 4):
         calls.update(clean=0, spliced=0)
@@ -323,3 +333,75 @@ def test_results_are_written_beside_the_points(tmp_path: Path) -> None:
         *("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json"),
         *("history.csv", "evaluation.json"),
     }
+
+
+JOINT: dict[str, Any] = {
+    **{key: value for key, value in BASE.items() if key not in ("sae", "hook_name", "verbose")},
+    "saes": {
+        "early": {"architecture": "topk", "d_in": 64, "d_sae": 96, "k": 4},
+        "late": {"architecture": "standard", "d_in": 64, "d_sae": 96, "l1_coefficient": 0.1},
+    },
+    "hook_names": {"early": "blocks.1.hook_resid_pre", "late": "blocks.3.hook_resid_pre"},
+}
+
+
+def test_points_of_several_saes_are_trained_on_the_same_pass_and_each_sae_is_evaluated(tmp_path: Path) -> None:
+    sweep = read_sweep(
+        sweep_file(tmp_path, {"objective": ["e2e", "local"], "saes.late.l1_coefficient": [0.1, 0.2]}, JOINT)
+    )
+    assert len(groups({point.name: point.config(tmp_path) for point in sweep.points})) == 1
+    frame = run_sweep(sweep, tmp_path / "together")
+    assert list(frame["sae"]) == [f"{point.name}/{name}" for point in sweep.points for name in ("early", "late")]
+    documents, _ = load_documents("embedded")
+    for point in sweep.points[:2]:
+        cfg = point.config(tmp_path / "alone" / point.name)
+        assert isinstance(cfg, E2EMultiRunnerConfig)
+        E2EMultiTrainingRunner(cfg, override_dataset=documents, override_model=load_model("embedded")).run()
+        for name in cfg.saes:
+            ours, theirs = (tmp_path / folder / point.name / name for folder in ("together", "alone"))
+            assert_same_weights(ours, theirs)
+            assert read_history(ours) == read_history(theirs)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "together").glob("*/*/*")}
+    run_sweep(sweep, tmp_path / "together")
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "together").glob("*/*/*")}
+
+
+@pytest.mark.parametrize(
+    ("saes", "message"),
+    [
+        ({"early": {"d_in": 64}}, "'early' needs an 'architecture'"),
+        ({"early": {"architecture": "topk", "d_in": 64, "d_sae": 96, "l1": 1}}, "early 'l1' is unknown"),
+        ([1], r"saes=\[1\] is not a mapping"),
+    ],
+)
+def test_what_the_saes_of_a_joint_point_have_wrong(saes: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_sweep(sweep_file(tmp_path, {"seed": 0}, JOINT | {"saes": saes}))
+
+
+def test_a_sweep_logs_to_wandb_all_that_sae_lens_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, dict[int, set[str]]] = {}
+
+    class Run:
+        """What a run of the real client takes; the real one is tried above."""
+
+        def __init__(self, **settings: Any) -> None:
+            self.log_of = logged.setdefault(settings["name"], {})
+            self.summary: dict[str, Any] = {}
+
+        def log(self, figures: dict[str, Any], step: int) -> None:
+            self.log_of.setdefault(step, set()).update(figures)
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setattr(wandb, "init", Run)
+    logger = {"log_to_wandb": True, "wandb_log_frequency": 2, "eval_every_n_wandb_logs": 2}
+    base = BASE | {"logger": logger, "feature_sampling_window": 3, "n_eval_batches": 1, "eval_batch_size_prompts": 2}
+    run_sweep(read_sweep(sweep_file(tmp_path, {"seed": [0, 1]}, base)), tmp_path / "out")
+    assert set(logged) == {"seed=0", "seed=1"}
+    for log in logged.values():
+        # Six steps: every second is logged, every fourth evaluated, and the sparsity of each window of three.
+        assert {step for step, names in log.items() if "losses/kl" in names} == {1, 3, 5}
+        assert {step for step, names in log.items() if "metrics/mean_log10_feature_sparsity" in names} == {3, 6}
+        assert {step for step, names in log.items() if "model_performance_preservation" in names} == {3}

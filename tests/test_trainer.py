@@ -25,11 +25,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from typing_extensions import override
 
-from sae_lens_e2e import E2E, E2EDownstream, E2ETrainer, Local, NonFiniteLossError, Objective, SplicedBatch, Term
+from sae_lens_e2e import E2E, Batch, E2EDownstream, E2ETrainer, Local, NonFiniteLossError, Objective, Term
 from sae_lens_e2e.splice import frozen
-from sae_lens_e2e.training.step import StepOutput
+from sae_lens_e2e.training.output import StepOutput
 from tests.models import dataset_of, random_model, random_tokens
-from tests.training import make_runner, make_trainer, runner_config
+from tests.training import EVERY_STEP, make_runner, make_trainer, runner_config
 
 HOOK = "blocks.1.hook_resid_pre"
 N_PROMPTS, N_POS, D_VOCAB = 4, 12, 61
@@ -65,7 +65,7 @@ def hook_activations(model: HookedTransformer, tokens: Tensor) -> Tensor:
 def train(trainer: E2ETrainer[Any, Any], batches: list[Tensor]) -> list[StepOutput]:
     """One step on each batch, counted as `fit` counts them."""
     outputs = []
-    with frozen(trainer.splice.model):
+    with frozen(trainer.group.model.model):
         for tokens in batches:
             outputs.append(trainer.step(tokens))
             trainer.n_training_steps += 1
@@ -274,7 +274,7 @@ class Watching(E2E):
     fails: bool = False
 
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
+    def terms(self, batch: Batch) -> dict[str, Term]:
         parameters = list(self.model.parameters())
         self.seen.append(
             (
@@ -327,7 +327,7 @@ def poison_encoder(trainer: E2ETrainer[Any, Any]) -> None:
 
 
 def poison_language_model(trainer: E2ETrainer[Any, Any]) -> None:
-    trainer.splice.model.blocks[2].mlp.b_out.data[0] = float("inf")  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue, reportCallIssue]
+    trainer.group.model.model.blocks[2].mlp.b_out.data[0] = float("inf")  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue, reportCallIssue]
 
 
 @pytest.mark.parametrize("poison", [poison_encoder, poison_language_model])
@@ -387,6 +387,7 @@ def test_log_of_a_step_has_every_term_over_all_its_tokens() -> None:
             sae=StandardTrainingSAEConfig(d_in=16, d_sae=40, l1_coefficient=0.3, l1_warm_up_steps=4),
             objective=objective,
             store_batch_size_prompts=prompts_per_forward,
+            logger=EVERY_STEP,
         )
         trainer = make_trainer(make_runner(cfg))
         (output,) = train(trainer, step_batches(1))
@@ -482,7 +483,7 @@ def test_normalised_activations_are_trained_on_and_folded_away(normalize: str, o
     runner = make_runner(cfg, model)
     trainer = make_trainer(runner)
     start = copy.deepcopy(trainer.sae)
-    trainer.estimate_activation_statistics()
+    trainer.estimate_activation_statistics(iter(runner.activations_store))
     estimated = trainer.activation_scaler.scaling_factor is not None or trainer.activation_scaler.whitening is not None
     assert estimated == (normalize != "layer_norm")
     outputs = train(trainer, 5 * step_batches(1))
@@ -554,6 +555,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path: Path) 
 def test_objectives_in_use_are_the_ones_asked_for() -> None:
     objectives: list[Objective] = [Local(), E2E(), E2EDownstream()]
     for objective in objectives:
-        (output,) = train(make_trainer(make_runner(runner_config(objective=objective))), step_batches(1))
+        cfg = runner_config(objective=objective, logger=EVERY_STEP)
+        (output,) = train(make_trainer(make_runner(cfg)), step_batches(1))
         expected = {"local": set(), "e2e": {"kl"}, "e2e_ds": {"kl", "downstream_mse"}}[objective.name]
         assert set(output.losses) == expected | {"mse_loss", "l1_loss"}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from sae_lens_e2e import Objective, SplicedBatch, Term, hookimpl
+from sae_lens_e2e import Batch, Objective, Term, hookimpl
 from sae_lens_e2e.objectives.hookspecs import Register
 
 
@@ -20,11 +20,11 @@ class TokenWeightedKL(Objective):
 
     kl_coefficient: float = 1.0
 
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
+    def terms(self, batch: Batch) -> dict[str, Term]:
         """The KL divergence, each position weighted by one over its token's count; the weights sum to 1."""
         distinct, which, counts = torch.unique(batch.tokens, return_inverse=True, return_counts=True)
         weights = 1 / (len(distinct) * counts[which])
-        return {"token_weighted_kl": Term(batch.kl(weights), self.kl_coefficient)}
+        return {"token_weighted_kl": Term(self.kl_coefficient, lambda: batch.kl(weights))}
 
 
 @hookimpl

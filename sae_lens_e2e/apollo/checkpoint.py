@@ -37,6 +37,11 @@ class ApolloWeights:
         return self.encoder_weight.shape[1]
 
 
+def sae_name(hook_name: str) -> str:
+    """What a checkpoint calls the SAE at a hook, such as 'blocks-2-hook_resid_pre'."""
+    return hook_name.replace(".", "-")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, ApolloWeights]:
     """The SAEs in a file of Apollo's, by the hook where each sits (`ONLY_SAE` in a file of the Hub's layout).
 

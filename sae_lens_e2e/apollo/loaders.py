@@ -53,10 +53,17 @@ def apollo_huggingface_config(
 
 
 def apollo_disk_loader(
-    path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
+    path: str | Path,
+    device: str = "cpu",
+    cfg_overrides: dict[str, Any] | None = None,
+    *,
+    hook_name: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The `converter` with which `SAE.load_from_disk` loads a run of Apollo's library that trained one SAE."""
-    return _overridden(*sae_components(find(path)), device, cfg_overrides)
+    """The `converter` with which `SAE.load_from_disk` loads a run of Apollo's library.
+
+    For one of several SAEs in a run give `partial(apollo_disk_loader, hook_name=...)`; without it a ValueError lists them.
+    """
+    return _overridden(*sae_components(find(path), hook_name), device, cfg_overrides)
 
 
 def neuronpedia_apollo_loader(

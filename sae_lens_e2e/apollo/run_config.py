@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,12 @@ def prepends_bos(config: Mapping[str, Any]) -> bool:
     return not setting(config, "train_data.is_tokenized", True)
 
 
-def objective(config: Mapping[str, Any], d_in: int) -> Objective:
-    """The objective that Apollo's `loss` amounts to. Raises ValueError, naming the key, for a term that has no equivalent."""
+def objective(config: Mapping[str, Any], d_in: int, positions: Sequence[str] = ()) -> Objective:
+    """The objective that Apollo's `loss` amounts to, for SAEs of width `d_in`.
+
+    `positions` are the hooks of SAEs that are trained together. Raises ValueError, naming the key, for a term that has no
+    equivalent.
+    """
     if (term := setting(config, "loss.out_to_orig")) is not None:
         raise ValueError(f"loss.out_to_orig={term!r} has no equivalent; set it to null")
     kl = _coefficient(config, "logits_kl", "coeff")
@@ -67,8 +71,12 @@ def objective(config: Mapping[str, Any], d_in: int) -> Objective:
     if downstream:
         hooks = tuple(as_list(required(config, "loss.in_to_orig.hook_positions")))
         check_whole_names("loss.in_to_orig.hook_positions", hooks)
+        if len(positions) > 1:
+            _check_after_all(hooks, positions)
         return E2EDownstream(kl, downstream, hooks, mse)
-    if kl:
+    # A term that weighs nothing still has the SAEs spliced in, and then a later one is given what the earlier ones have changed.
+    spliced = any(setting(config, f"loss.{term}") is not None for term in ("logits_kl", "in_to_orig"))
+    if kl or (spliced and len(positions) > 1):
         return E2E(kl, mse)
     return Local(mse)
 
@@ -102,6 +110,17 @@ def check_whole_names(key: str, hooks: Iterable[Any]) -> None:
         if not isinstance(hook, str) or not _WHOLE_NAME.fullmatch(hook):
             raise ValueError(
                 f"{key}: {hook!r} is not the whole name of a hook, and part of one has no equivalent; write it in full (blocks.N....)"
+            )
+
+
+def _check_after_all(hooks: Sequence[str], positions: Sequence[str]) -> None:
+    """Raise ValueError for a compared hook that, going by the blocks, an SAE comes after."""
+    last = max(int(position.split(".")[1]) for position in positions)
+    for hook in hooks:
+        if int(hook.split(".")[1]) < last or hook in positions:
+            raise ValueError(
+                f"loss.in_to_orig.hook_positions: {hook} does not come after every one of saes.sae_positions={list(positions)}, which "
+                "has no equivalent; leave it out, or pass objective="
             )
 
 

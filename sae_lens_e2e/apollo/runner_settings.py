@@ -7,6 +7,7 @@ from typing import Any
 from sae_lens import LoggingConfig, StandardTrainingSAEConfig, logger
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from sae_lens_e2e.apollo.checkpoint import sae_name
 from sae_lens_e2e.apollo.model import PROCESSED, d_model, find_model
 from sae_lens_e2e.apollo.run_config import (
     as_list,
@@ -65,22 +66,65 @@ def runner_settings(
     `overrides` replace fields, and with them what would have to be read. Raises ValueError, naming the key, for one that
     has no equivalent.
     """
+    config, overrides = _read(path), overrides or {}
+    settings = {
+        **_settings(path, config, overrides),
+        "hook_name": overrides.get("hook_name") or _only_position(config),
+        "is_dataset_tokenized": setting(config, "train_data.is_tokenized", True),
+    }
+    if "sae" not in overrides or "objective" not in overrides:
+        width = d_in or (overrides["sae"].d_in if "sae" in overrides else d_model(path, config))
+        if "sae" not in overrides:
+            settings["sae"] = _sae(config, architecture, width)
+        if "objective" not in overrides:
+            settings["objective"] = objective(config, width)
+    _say_what_is_left_out(config)
+    return {**settings, **overrides}
+
+
+def multi_runner_settings(
+    path: str | Path,
+    *,
+    architecture: str = ARCHITECTURE,
+    d_in: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`runner_settings` for an `E2EMultiRunnerConfig`: an SAE at every position, named as in Apollo's checkpoints.
+
+    Apollo's library adds up each position's sparsity and reconstruction, takes the mean over the compared hooks, and lets the
+    gradient of a later SAE's loss into the earlier ones; so does a group of ours.
+    """
+    config, overrides = _read(path), overrides or {}
+    given = overrides.get("hook_names")
+    hooks = dict(given) if isinstance(given, Mapping) else {sae_name(hook): hook for hook in _positions(config)}
+    settings = {**_settings(path, config, overrides), "hook_names": hooks}
+    if "saes" not in overrides:
+        width = d_in or d_model(path, config)
+        settings["saes"] = {name: _sae(config, architecture, width) for name in hooks}
+    if "objective" not in overrides:
+        widths = {sae.d_in for sae in {**settings, **overrides}["saes"].values()}
+        if len(widths) > 1 and setting(config, "loss.out_to_in.coeff"):
+            raise ValueError(
+                f"loss.out_to_in.coeff={setting(config, 'loss.out_to_in.coeff')!r} is divided by the width in each SAE, and there "
+                f"are several ({', '.join(map(str, sorted(widths)))}), which has no equivalent; set it to 0, or pass objective="
+            )
+        settings["objective"] = objective(config, widths.pop(), list(hooks.values()))
+    _say_what_is_left_out(config)
+    return {**settings, **overrides}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     config = read_run_config(path)
     _refuse_unknown(config)
-    settings = _settings(path, config, architecture, d_in, overrides or {})
-    _say_what_is_left_out(config)
-    return settings
+    return config
 
 
-def _settings(
-    path: str | Path, config: Mapping[str, Any], architecture: str, d_in: int | None, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
+def _settings(path: str | Path, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of one SAE and of several have in common."""
     n_ctx, batch_size = required(config, "train_data.n_ctx"), required(config, "batch_size")
     settings: dict[str, Any] = {
         "model_name": _model_to_load(path, config),
-        "hook_name": overrides.get("hook_name") or _only_position(setting(config, "saes.sae_positions")),
         "dataset_path": required(config, "train_data.dataset_name"),
-        "is_dataset_tokenized": setting(config, "train_data.is_tokenized", True),
         "prepend_bos": prepends_bos(config),
         "streaming": setting(config, "train_data.streaming", True),
         "context_size": n_ctx,
@@ -99,13 +143,7 @@ def _settings(
     }
     if config.get("tlens_model_name") is not None:
         settings["model_from_pretrained_kwargs"] = dict(PROCESSED)
-    if "sae" not in overrides or "objective" not in overrides:
-        width = d_in or (overrides["sae"].d_in if "sae" in overrides else d_model(path, config))
-        if "sae" not in overrides:
-            settings["sae"] = _sae(config, architecture, width)
-        if "objective" not in overrides:
-            settings["objective"] = objective(config, width)
-    return {**settings, **overrides}
+    return settings
 
 
 def _sae(config: Mapping[str, Any], architecture: str, d_in: int) -> TrainingSAEConfig:
@@ -184,19 +222,28 @@ def _logging(config: Mapping[str, Any]) -> LoggingConfig:
     return LoggingConfig(**settings)
 
 
-def _only_position(positions: Any) -> str:
-    positions = as_list(positions)
-    check_whole_names("saes.sae_positions", positions)
-    if len(positions) != 1:
+def _only_position(config: Mapping[str, Any]) -> str:
+    positions = _positions(config)
+    if len(positions) > 1:
         raise ValueError(
-            f"saes.sae_positions={positions}: SAEs trained together have no equivalent; pass hook_name= to train one of them alone"
-        )
-    if positions[0].endswith(_BY_HEAD):
-        raise ValueError(
-            f"saes.sae_positions: at {positions[0]} Apollo's library trains one SAE on each head's activation in turn, which has no "
-            "equivalent; pass hook_name= and d_in= to train one on all heads side by side"
+            f"saes.sae_positions={positions}: Apollo's library trains these together; use E2EMultiRunnerConfig.from_apollo, or pass "
+            "hook_name= to train one of them alone"
         )
     return positions[0]
+
+
+def _positions(config: Mapping[str, Any]) -> list[str]:
+    positions = list(dict.fromkeys(as_list(setting(config, "saes.sae_positions"))))
+    check_whole_names("saes.sae_positions", positions)
+    if not positions:
+        raise ValueError("saes.sae_positions=[] names no hook; pass hook_name= (of several SAEs, hook_names=)")
+    for position in positions:
+        if position.endswith(_BY_HEAD):
+            raise ValueError(
+                f"saes.sae_positions: at {position} Apollo's library trains one SAE on each head's activation in turn, which has no "
+                "equivalent; pass hook_name= (of several SAEs, hook_names=) and d_in= to train one on all heads side by side"
+            )
+    return positions
 
 
 def _refuse_unknown(config: Mapping[str, Any]) -> None:

@@ -17,6 +17,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 from wandb.errors import UsageError
 
+from sae_lens_e2e.output import written_whole
+
 __all__ = ["HUB_NAMES", "HUB_REPO", "ApolloFiles", "find"]
 
 HUB_REPO = "apollo-research/e2e-saes-gpt2"
@@ -261,15 +263,17 @@ def _fetch(path: str, folder: Path, n_samples: int | None, force_download: bool)
     if _CONFIG not in files or not checkpoints:
         raise FileNotFoundError(f"W&B run {path} lacks {_CONFIG} or samples_N.pt; it is no run of Apollo's library")
     checkpoint = _choose(checkpoints, n_samples, f"W&B run {path}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _explaining_wandb(path), tempfile.TemporaryDirectory(dir=folder, prefix=".") as partial:
+    with (
+        _explaining_wandb(path),
+        written_whole(folder) as partial,
+        tempfile.TemporaryDirectory(dir=partial) as downloads,
+    ):
         for name in (_CONFIG, checkpoint):
             if force_download or not (folder / name).is_file():
-                files[name].download(root=partial).close()
-                os.replace(Path(partial, files[name].name), folder / name)
+                files[name].download(root=downloads).close()
+                Path(downloads, files[name].name).replace(partial / name)
         if run.state != "running":
-            Path(partial, _LISTING).write_text(json.dumps(sorted(files)))
-            os.replace(Path(partial, _LISTING), folder / _LISTING)
+            (partial / _LISTING).write_text(json.dumps(sorted(files)))
     return checkpoint, checkpoints
 
 

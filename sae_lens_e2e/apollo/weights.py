@@ -12,7 +12,7 @@ from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import Tensor
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from sae_lens_e2e.apollo.checkpoint import ONLY_SAE, ApolloWeights, read_checkpoint
+from sae_lens_e2e.apollo.checkpoint import ONLY_SAE, ApolloWeights, read_checkpoint, sae_name
 from sae_lens_e2e.apollo.model import PROCESSED
 from sae_lens_e2e.apollo.run_config import (
     as_list,
@@ -83,7 +83,7 @@ def load_apollo_saes(
     """Every SAE of a checkpoint of Apollo's, by hook name. The arguments are those of `load_apollo_sae`."""
     files = find(source, n_samples=n_samples, force_download=force_download)
     config, weights = _read(files)
-    components = {hook: _components(config, files, hook, weights[hook], fold_centring) for hook in weights}
+    components = {hook: _components(config, files, hook, weights, fold_centring) for hook in weights}
     return {hook: _standard_sae(*components[hook], device, dtype) for hook in components}
 
 
@@ -93,7 +93,7 @@ def sae_components(
     """SAELens' config dictionary and state dict for the SAE at a hook, or for the only one in the checkpoint."""
     config, weights = _read(files)
     hook = _pick(hook_name, list(weights), files.checkpoint)
-    return _components(config, files, hook, weights[hook], fold_centring)
+    return _components(config, files, hook, weights, fold_centring)
 
 
 def standard_weights(weights: ApolloWeights, fold_centring: bool) -> dict[str, Tensor]:
@@ -149,9 +149,13 @@ def _pick(hook_name: str | None, hooks: list[str], checkpoint: Path) -> str:
 
 
 def _components(
-    config: Mapping[str, Any], files: ApolloFiles, hook: str, weights: ApolloWeights, fold_centring: bool | None
+    config: Mapping[str, Any],
+    files: ApolloFiles,
+    hook: str,
+    saes: Mapping[str, ApolloWeights],
+    fold_centring: bool | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    fold = _folds_centring(config, hook, fold_centring)
+    fold, weights = _folds_centring(config, hook, fold_centring), saes[hook]
     cfg_dict = {
         "architecture": "standard",
         "d_in": weights.d_in,
@@ -161,9 +165,17 @@ def _components(
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": _metadata(config, files, hook, weights.d_in, fold),
+        "metadata": {**_metadata(config, files, hook, weights.d_in, fold), **_companions(hook, saes)},
     }
     return cfg_dict, standard_weights(weights, fold)
+
+
+def _companions(hook: str, saes: Mapping[str, ApolloWeights]) -> dict[str, Any]:
+    """What the SAEs of a joint run have in their metadata, for one of several that were trained in one spliced pass."""
+    if len(saes) == 1:
+        return {}
+    others = {sae_name(other): {"hook_name": other, "hook_head_index": None} for other in saes if other != hook}
+    return {"name_in_run": sae_name(hook), "companions": others}
 
 
 def _standard_sae(cfg_dict: dict[str, Any], state_dict: dict[str, Tensor], device: str, dtype: str) -> StandardSAE:

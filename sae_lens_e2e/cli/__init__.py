@@ -4,9 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from sae_lens.training._interruption import InterruptedException
-
 from sae_lens_e2e import __version__
+from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.cli.measure import evaluate, sweep
 from sae_lens_e2e.cli.objectives import objectives
 from sae_lens_e2e.cli.report import report
@@ -14,7 +13,7 @@ from sae_lens_e2e.cli.share import convert, dashboard, upload
 from sae_lens_e2e.cli.train import train
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "train": (train, "train an SAE; every field of E2ERunnerConfig is a flag"),
+    "train": (train, "train an SAE, or several together; every field of the config is a flag"),
     "sweep": (sweep, "train and evaluate a grid of SAEs from one file"),
     "evaluate": (evaluate, "measure what SAEs cost their language model"),
     "report": (report, "everything the paper measured and drew, of any SAEs, on one page"),

@@ -4,18 +4,18 @@ import json
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e.cli.parser import Parser
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
 from sae_lens_e2e.evaluation import evaluate as evaluate_sae
 from sae_lens_e2e.evaluation.files import write_evaluation
+from sae_lens_e2e.evaluation.measures import MEASURES, SUMMARY
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
 from sae_lens_e2e.loading.saes import is_sae_folder, load_sae
 from sae_lens_e2e.studies.pareto import headline, sentence
 from sae_lens_e2e.sweep import failures, read_sweep, run_sweep
-
-_COLUMNS = ["sae", "objective", "l0", "ce_loss_increase", "kl", "n_alive", "d_sae", "n_tokens"]
 
 
 def sweep(arguments: list[str]) -> None:
@@ -30,7 +30,7 @@ def sweep(arguments: list[str]) -> None:
     plan = read_sweep(parsed.config)
     output = parsed.output or Path("output") / plan.name
     frame = run_sweep(plan, output, together=parsed.together)
-    print(frame[_COLUMNS].to_string(index=False) if len(frame) else "no point is finished")
+    print(_as_text(frame) if len(frame) else "no point is finished")
     for _, rows in frame.groupby(["model_name", "hook_name"]) if len(frame) else ():
         if "local" in set(rows["objective"]):
             print("\n".join(sentence(comparison) for comparison in headline(rows)))
@@ -82,9 +82,17 @@ def evaluate(arguments: list[str]) -> None:
         if is_sae_folder(source):
             write_evaluation(results[source], source)
     if results:
-        print(evaluation_frame(results)[_COLUMNS].to_string(index=False))
+        print(_as_text(evaluation_frame(results)))
     if skipped:
         raise ValueError("; ".join(f"{source} was skipped: {reason}" for source, reason in skipped.items()))
+
+
+def _as_text(frame: pd.DataFrame) -> str:
+    """An `evaluation_frame` as a table to read: what each SAE is, and the measures that say most."""
+    columns = {name: frame[name] for name in ("sae", "objective", "d_sae")}
+    for measure in (MEASURES[name] for name in (*SUMMARY, "n_tokens")):
+        columns[measure.title] = frame[measure.name].map(measure.format)
+    return pd.DataFrame(columns).to_string(index=False)
 
 
 def _load_model(name: str, device: str, model_class_name: str, from_pretrained_kwargs: str) -> HookedRootModule:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from sae_lens_e2e.cli.parser import Parser
 from sae_lens_e2e.evaluation.files import read_evaluation
 from sae_lens_e2e.loading import is_local, load_documents, load_model
-from sae_lens_e2e.loading.saes import load_saes
+from sae_lens_e2e.loading.saes import is_joint_folder, load_saes
 from sae_lens_e2e.output import check_free
 from sae_lens_e2e.publishing.dashboard import make_dashboard
 from sae_lens_e2e.publishing.dashboard.run import load_shown_sae
@@ -25,9 +25,9 @@ def convert(arguments: list[str]) -> None:
     parser.add_argument(
         "source",
         help="a run's folder, a .pt and .yaml pair, e2e_similar_ce_layer_6 and its like, a W&B run (sparsify/gpt2/tvj2owza), a "
-        "Neuronpedia id (gpt2-small/6-res_scefr-ajt), or a folder of SAELens'",
+        "Neuronpedia id (gpt2-small/6-res_scefr-ajt), a folder of SAELens', or of SAEs that were trained together",
     )
-    parser.add_argument("out", type=Path, help="a new folder; a source with several SAEs gets one in it for each hook")
+    parser.add_argument("out", type=Path, help="a new folder; a source with several SAEs gets one in it for each")
     parser.add_argument("--hook-name", help="only the SAE at this hook")
     parser.add_argument("--n-samples", type=int, help="which checkpoint of a run (default: the last)")
     parser.add_argument(
@@ -45,11 +45,17 @@ def convert(arguments: list[str]) -> None:
         fold_centring=False if parsed.no_fold_centring else None,
     )
     metadata = {name: value for name in _METADATA if (value := getattr(parsed, name)) is not None}
-    frequency = _frequency(parsed.source)
-    for hook, sae in saes.items():
-        folder = parsed.out if len(saes) == 1 else parsed.out / hook
+    if len(saes) > 1 and parsed.neuronpedia_id is not None:
+        raise ValueError(
+            f"--neuronpedia-id={parsed.neuronpedia_id!r} is of one SAE, and {parsed.source} holds {', '.join(saes)}; take one of "
+            "them with --hook-name"
+        )
+    together = is_joint_folder(parsed.source)
+    for name, sae in saes.items():
+        folder = parsed.out if len(saes) == 1 else parsed.out / name
+        frequency = _frequency(Path(parsed.source) / name if together else parsed.source)
         save_for_neuronpedia(sae, folder, frequency=frequency, overwrite=parsed.overwrite, **metadata)
-        print(f"{hook}: {folder}")
+        print(f"{name}: {folder}")
 
 
 def _frequency(folder: str | Path) -> Any:

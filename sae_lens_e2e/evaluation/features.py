@@ -1,11 +1,12 @@
 """How many features fire, how much, and how often each."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_e2e.evaluation.result import FiringHistogram
 from sae_lens_e2e.evaluation.sums import TokenSums
+from sae_lens_e2e.splice import Where
 
 # From one token in a hundred million to every token, four bins a decade; the same for all SAEs, so that they compare.
 LOG10_EDGES = tuple(edge / 4 for edge in range(-32, 1))
@@ -24,17 +25,16 @@ class FeatureSums:
         self.firing = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.alive = torch.zeros(d_sae, dtype=torch.bool, device=device)
 
-    def add(self, features: Float[Tensor, "batch pos d_sae"], mask: Bool[Tensor, "batch pos"]) -> None:
-        """Add one batch, of which the masked-in tokens count."""
-        features = (features.to_dense() if features.is_sparse else features).flatten(0, 1)
-        mask = mask.to(features.device).flatten()
-        fired = (features != 0) & mask[:, None]
+    def add(self, features: Float[Tensor, "batch pos d_sae"], where: Where) -> None:
+        """Add one batch, of which the tokens in `where` count."""
+        features = features.to_dense() if features.is_sparse else features
+        fired = where.take(features != 0)
         l1 = torch.linalg.vector_norm(features, 1, dim=-1, dtype=torch.promote_types(features.dtype, torch.float32))
-        self.tokens.add({"l0": fired.sum(-1, dtype=torch.int32)[mask], "l1": l1[mask]})
+        self.tokens.add({"l0": fired.sum(-1, dtype=torch.int32), "l1": where.take(l1)})
         self.firing += fired.sum(0, dtype=torch.int32)
         if self.n_tokens < self.alive_tokens:
-            self.alive |= fired[self.n_tokens + mask.cumsum(0) <= self.alive_tokens].any(0)
-        self.n_tokens += int(mask.sum())
+            self.alive |= fired[: self.alive_tokens - self.n_tokens].any(0)
+        self.n_tokens += where.n
 
     @property
     def n_tokens_alive(self) -> int:

@@ -1,21 +1,38 @@
-"""An evaluation kept beside the SAE it is of."""
+"""Evaluations kept beside the SAEs they are of."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sae_lens_e2e.evaluation.result import Evaluation
-from sae_lens_e2e.output import written_whole
+from sae_lens_e2e.evaluation.together import TogetherEvaluation
+from sae_lens_e2e.output import write_whole
 
 FILENAME = "evaluation.json"
+TOGETHER_FILENAME = "together.json"
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
     """Write an evaluation to `evaluation.json` in an SAE's folder."""
-    with written_whole(folder) as partial:
-        (partial / FILENAME).write_text(json.dumps(evaluation.to_dict(), indent=1))
+    write_whole(Path(folder) / FILENAME, json.dumps(evaluation.to_dict(), indent=1))
 
 
 def read_evaluation(folder: str | Path) -> Evaluation | None:
     """What `write_evaluation` wrote, or None where there is none. Raises ValueError for a file that is not whole."""
-    file = Path(folder) / FILENAME
-    return Evaluation.from_dict(json.loads(file.read_text())) if file.is_file() else None
+    figures = _read(Path(folder) / FILENAME)
+    return None if figures is None else Evaluation.from_dict(figures)
+
+
+def write_together(evaluation: TogetherEvaluation, folder: str | Path) -> None:
+    """Write an evaluation of several SAEs at once to `together.json`, in the folder that theirs are in."""
+    write_whole(Path(folder) / TOGETHER_FILENAME, json.dumps(evaluation.to_dict(), indent=1))
+
+
+def read_together(folder: str | Path) -> TogetherEvaluation | None:
+    """What `write_together` wrote, or None where there is none. Raises ValueError for a file that is not whole."""
+    figures = _read(Path(folder) / TOGETHER_FILENAME)
+    return None if figures is None else TogetherEvaluation.from_dict(figures)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else None

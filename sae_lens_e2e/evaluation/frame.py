@@ -1,4 +1,4 @@
-"""Evaluations of several SAEs as tidy tables."""
+"""Evaluations of SAEs as tidy tables."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from sae_lens_e2e.evaluation.result import Evaluation
+from sae_lens_e2e.evaluation.together import TogetherEvaluation
 
 _NESTED = ("sparsity", "firing", "layers", "downstream_mse")
 _AT_HOOK = ("mse", "explained_variance", "l2_ratio", "cosine")
@@ -48,6 +49,33 @@ def firing_frame(results: Mapping[str, Evaluation]) -> pd.DataFrame:
             for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
         ]
     return pd.DataFrame(rows)
+
+
+def together_frame(results: Mapping[str, TogetherEvaluation]) -> pd.DataFrame:
+    """One row a group of SAEs, by name in `results`, and set of them that was spliced in at once.
+
+    Columns: `group`; `spliced`, "alone" or "together"; of the set `n_saes`, and the last one's name, `sae`, with `hook_name` and
+    `hook_head_index`; `ce_loss`, `ce_loss_increase` over the model without any, `kl` (nats per token) and `top1_agreement`.
+    """
+    return pd.DataFrame(
+        [
+            {
+                "group": group,
+                "spliced": spliced,
+                "n_saes": len(one.saes),
+                "sae": one.saes[-1],
+                "hook_name": found.hook_names[one.saes[-1]],
+                "hook_head_index": found.hook_head_indices[one.saes[-1]],
+                "ce_loss": one.ce_loss,
+                "ce_loss_increase": one.ce_loss - found.ce_loss_without_saes,
+                "kl": one.kl,
+                "top1_agreement": one.top1_agreement,
+            }
+            for group, found in results.items()
+            for spliced, sets in (("alone", found.alone), ("together", found.together))
+            for one in sets
+        ]
+    )
 
 
 def _row(name: str, result: Evaluation) -> dict[str, object]:

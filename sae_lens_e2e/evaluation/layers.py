@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_e2e.evaluation.result import LayerEvaluation
@@ -13,7 +13,7 @@ SHORTEST = 1e-4
 
 
 class Layer:
-    """One batch of the clean model's activations at a hook, as all SAEs at that hook are compared with."""
+    """One batch of the clean model's activations in one place, as all SAEs are compared with them."""
 
     def __init__(self, activation: Float[Tensor, "tokens d"]):
         self.activation = at_least_float32(activation)
@@ -21,7 +21,7 @@ class Layer:
 
 
 class LayerVariance:
-    """How much the clean activations at a hook vary, plain and after layer norm."""
+    """How much the clean activations in one place vary, plain and after layer norm."""
 
     def __init__(self) -> None:
         self.plain, self.normalised = TotalVariance(), TotalVariance()
@@ -32,15 +32,21 @@ class LayerVariance:
 
 
 class LayerSums:
-    """What one SAE does to the activations at a hook, summed over batches."""
+    """What one SAE does to the activations in one place, summed over batches."""
 
     def __init__(self, variance: LayerVariance) -> None:
         self.variance = variance
         self.tokens = TokenSums()
         self.d = 0
 
-    def add(self, clean: Layer, changed: Float[Tensor, "tokens d"], first: Bool[Tensor, "tokens"]) -> None:
-        """Add one batch; `first` says which tokens are at position 0 of their prompt."""
+    def add(
+        self,
+        clean: Layer,
+        changed: Float[Tensor, "tokens d"],
+        first: Int[Tensor, "n_first"],
+        later: Int[Tensor, "n_later"],
+    ) -> None:
+        """Add one batch; `first` and `later` are the rows of the tokens at position 0 of their prompt, and of the others."""
         changed = at_least_float32(changed)
         self.d = changed.shape[-1]
         ratio, cosine = l2_ratio(changed, clean.activation), F.cosine_similarity(changed, clean.activation, dim=-1)
@@ -50,28 +56,27 @@ class LayerSums:
                 "squared_error_ln": (layer_norm(changed) - clean.normalised).square().sum(-1),
                 "l2_ratio": ratio,
                 "l2_ratio_first": ratio[first],
-                "l2_ratio_later": ratio[~first],
+                "l2_ratio_later": ratio[later],
                 "cosine": cosine,
                 "cosine_first": cosine[first],
-                "cosine_later": cosine[~first],
+                "cosine_later": cosine[later],
             }
         )
 
     def evaluation(self) -> LayerEvaluation:
         """The figures over all tokens added, of which there is at least one."""
         sums, variance = self.tokens, self.variance
-        means = {name: sums.mean(name) or 0.0 for name in ("squared_error", "squared_error_ln", "l2_ratio", "cosine")}
         return LayerEvaluation(
-            mse=means["squared_error"] / self.d,
+            mse=sums.mean("squared_error") / self.d,
             explained_variance=variance.plain.explained(sums.total("squared_error")),
-            mse_ln=means["squared_error_ln"] / self.d,
+            mse_ln=sums.mean("squared_error_ln") / self.d,
             explained_variance_ln=variance.normalised.explained(sums.total("squared_error_ln")),
-            l2_ratio=means["l2_ratio"],
-            l2_ratio_first=sums.mean("l2_ratio_first"),
-            l2_ratio_later=sums.mean("l2_ratio_later"),
-            cosine=means["cosine"],
-            cosine_first=sums.mean("cosine_first"),
-            cosine_later=sums.mean("cosine_later"),
+            l2_ratio=sums.mean("l2_ratio"),
+            l2_ratio_first=sums.mean_if_any("l2_ratio_first"),
+            l2_ratio_later=sums.mean_if_any("l2_ratio_later"),
+            cosine=sums.mean("cosine"),
+            cosine_first=sums.mean_if_any("cosine_first"),
+            cosine_later=sums.mean_if_any("cosine_later"),
         )
 
 

@@ -1,6 +1,6 @@
 """Running an SAE for what it does, whatever its architecture and whether or not it is in training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 
-from sae_lens_e2e.splice import frozen
+from sae_lens_e2e.splice import Site, Where, frozen
 
 _SCALED_BEFOREHAND = ("expected_average_only_in", "covariance_whitening")
 
@@ -52,3 +52,29 @@ def reconstruct(
     # Its `decode` leaves out what its attention predicts from earlier tokens, and warns of it.
     x_hat = sae(x_in) if isinstance(sae, TemporalSAE) else sae.decode(features)
     return features, x_hat.to(x.device)
+
+
+class SplicedSAE:
+    """An SAE as a spliced pass takes it: it reads whole prompts, some looking back, and its output goes where tokens count.
+
+    The pass is to be given `Where.everywhere`.
+    """
+
+    features: Float[Tensor, "batch pos d_sae"]
+    """Of the last pass, at all tokens."""
+    x_hat: Float[Tensor, "batch pos d_in"]
+
+    def __init__(self, sae: SAE[Any], site: Site, where: Where):
+        self.sae, self.site, self.where = sae, site, where
+
+    def __call__(self, x: Float[Tensor, "tokens d_in"]) -> Mapping[str, Float[Tensor, "tokens d_in"]]:
+        """What is put at the site for what was read there."""
+        prompts = x.unflatten(0, self.where.mask.shape)
+        self.features, self.x_hat = reconstruct(self.sae, prompts)
+        put_in = self.where.put(prompts, self.where.take(self.x_hat).to(x.dtype))
+        return {self.site.read: put_in.flatten(0, 1)}
+
+
+def in_prompts(site: Site, activation: Float[Tensor, "batch pos *d_act"]) -> Float[Tensor, "batch pos d_in"]:
+    """What a module at a site takes of an activation, at every token."""
+    return site.take(activation.flatten(0, 1)).unflatten(0, activation.shape[:2])

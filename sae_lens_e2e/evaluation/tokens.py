@@ -14,13 +14,15 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from transformer_lens.HookedRootModule import HookedRootModule
 
-# In the order in which SAELens looks for them.
-_TOKEN_COLUMNS, _TEXT_COLUMNS = ("tokens", "input_ids"), ("text", "problem")
+from sae_lens_e2e.columns import column_of
+from sae_lens_e2e.splice import Positions, Site, excluded
+
+_PLACE = ("hook_name", "hook_head_index")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where an SAE sits and how its tokens are read: what SAEs must have in common to share a pass over the data."""
+    """Where an SAE sits, and how its tokens are read: what SAEs must have in common to share a pass over the data."""
 
     hook_name: str
     hook_head_index: int | None
@@ -49,28 +51,33 @@ class Setting:
             disable_concat_sequences=bool(metadata.disable_concat_sequences),
         )
 
-    def check_same(self, other: "Setting", names: tuple[str, str]) -> None:
-        """Raise ValueError, naming the field, if another SAE's setting is not this one."""
+    @property
+    def site(self) -> Site:
+        """Where the SAE is spliced in."""
+        return Site.of_sae(self.hook_name, self.hook_head_index)
+
+    @property
+    def positions(self) -> Positions:
+        """Which tokens are measured."""
+        return Positions(self.seqpos_slice, self.exclude_special_tokens)
+
+    def check_same(self, other: "Setting", names: tuple[str, str], place: bool = False) -> None:
+        """Raise ValueError, naming the field, if another SAE's tokens are read differently, or with `place` if it sits elsewhere."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs:
+            if mine != theirs and (place or field.name not in _PLACE):
                 raise ValueError(
                     f"saes {names[0]!r} and {names[1]!r} differ in {field.name} ({mine!r} and {theirs!r}), so they cannot share "
                     "a pass; evaluate them separately"
                 )
 
-    def check_positions(self, n_ctx: int | None) -> None:
+    def check(self, n_ctx: int | None) -> None:
         """Raise ValueError if the context does not fit the model, or no measured position predicts a next token."""
         if n_ctx is not None and self.context_size > n_ctx:
             raise ValueError(
                 f"context_size={self.context_size} is longer than the model's, {n_ctx}; set it to {n_ctx} or less"
             )
-        measured = range(self.context_size)[slice(*self.seqpos_slice)]
-        if not any(position < self.context_size - 1 for position in measured):
-            raise ValueError(
-                f"seqpos_slice={self.seqpos_slice} of context_size={self.context_size} has no position with a next token to "
-                "predict; choose earlier positions or a longer context"
-            )
+        self.positions.check(self.context_size)
 
 
 def token_batches(
@@ -116,7 +123,10 @@ def token_batches(
 
 
 class TokenBatches(Iterator[Tensor]):
-    """One pass over the dataset in batches (prompts, context_size); what remains at the end and fills none is left out."""
+    """One pass over the dataset in batches (prompts, context_size), on the CPU, where tokens are counted.
+
+    What remains at the end and fills none is left out.
+    """
 
     def __init__(self, store: ActivationsStore, batch_size_prompts: int, n_batches: int | None):
         self.store, self.batch_size_prompts = store, batch_size_prompts
@@ -134,7 +144,9 @@ class TokenBatches(Iterator[Tensor]):
 
     def _read(self) -> Tensor | None:
         try:
-            return self.store.get_batch_tokens(self.batch_size_prompts, raise_at_epoch_end=True)
+            return self.store.get_batch_tokens(
+                self.batch_size_prompts, raise_at_epoch_end=True, move_to_model_device=False
+            )
         except StopIteration:
             return None
 
@@ -147,8 +159,8 @@ def excluded_tokens(setting: bool | list[int] | None, model: HookedRootModule) -
             raise ValueError(
                 "exclude_special_tokens=True needs the model's tokenizer, and it has none; give the SAE's metadata token ids"
             )
-        return tuple(sorted(get_special_token_ids(tokenizer)))
-    return tuple(sorted(setting or ()))
+        return excluded(get_special_token_ids(tokenizer))
+    return excluded(setting or None)
 
 
 def _check_dataset(dataset: HfDataset, model: HookedRootModule, setting: Setting) -> bool:
@@ -158,18 +170,14 @@ def _check_dataset(dataset: HfDataset, model: HookedRootModule, setting: Setting
     row: Any = next(iter(dataset), None)
     if row is None:
         raise ValueError("the dataset is empty; give it at least one batch of prompts")
-    if not any(name in row for name in (*_TOKEN_COLUMNS, *_TEXT_COLUMNS)):
-        raise ValueError(
-            f"the dataset has the columns {', '.join(row)}; name that of its tokens 'input_ids', or that of its text 'text'"
-        )
-    for name in _TOKEN_COLUMNS:
-        if name in row and len(row[name]) < setting.context_size:
+    column = column_of(row)
+    if column.is_tokens:
+        if len(row[column.name]) < setting.context_size:
             raise ValueError(
-                f"the dataset's rows have {len(row[name])} tokens, fewer than context_size={setting.context_size}; tokenise it "
-                "into longer rows, or evaluate with a shorter context_size"
+                f"the dataset's rows have {len(row[column.name])} tokens, fewer than context_size={setting.context_size}; "
+                "tokenise it into longer rows, or evaluate with a shorter context_size"
             )
-        if name in row:
-            return True
+        return True
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
     if setting.prepend_bos is None:

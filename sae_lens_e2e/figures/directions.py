@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from sae_lens_e2e.evaluation.measures import NATS_A_TOKEN
 from sae_lens_e2e.figures.browser import interactive
 from sae_lens_e2e.figures.frames import require
 from sae_lens_e2e.figures.key import Key
@@ -50,6 +51,6 @@ def _panels(frame: pd.DataFrame) -> list[Panel]:
     panels = [Panel("", Axis("rank of the direction by variance", "log"), correlation, tuple(by_rank))]
     if len(needed):
         by_kl = key.curves(needed, "kl", "correlation", kind="points", in_legend=False)
-        label = "KL under resample ablation (nats a token)"
+        label = f"KL under resample ablation ({NATS_A_TOKEN})"
         panels.append(Panel("", Axis(label, "log"), correlation, tuple(by_kl)))
     return panels

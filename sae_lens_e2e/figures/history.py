@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.figures.browser import interactive
 from sae_lens_e2e.figures.frames import require
 from sae_lens_e2e.figures.key import Key
@@ -23,12 +24,12 @@ L0 = "metrics/l0"
 TOTAL = "losses/overall_loss"
 LABELS = {
     TOTAL: "total loss",
-    "losses/kl": "KL (nats a token)",
-    "losses/downstream_mse": "downstream MSE (squared activation)",
+    "losses/kl": MEASURES["kl"].axis,
+    "losses/downstream_mse": f"downstream {MEASURES['mse'].axis}",
     "losses/mse_loss": "MSE at the hook (sum over d_in)",
     "losses/l1_loss": "L1 loss, with its coefficient",
     "losses/l0_loss": "L0 loss, with its coefficient",
-    L0: "L0 (features active a token)",
+    L0: MEASURES["l0"].axis,
 }
 _MOST_POINTS = 300
 

@@ -18,7 +18,7 @@ class FigureKind:
     """A figure: what it shows, from which frame, and how to draw it.
 
     `frame` names the function that makes what it takes: `evaluation_frame`, `layers_frame` and so on. `draw` is for papers and
-    `interactive` for the browser, None if there is nothing to gain there.
+    `interactive` for the browser.
     """
 
     name: str
@@ -26,7 +26,7 @@ class FigureKind:
     caption: str
     frame: FrameName
     draw: Callable[[pd.DataFrame], Figure]
-    interactive: Callable[[pd.DataFrame], go.Figure] | None
+    interactive: Callable[[pd.DataFrame], go.Figure]
 
 
 _KINDS = (

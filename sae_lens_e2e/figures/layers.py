@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from sae_lens_e2e.evaluation.measures import MEASURES, Measure
 from sae_lens_e2e.figures.browser import interactive
 from sae_lens_e2e.figures.frames import require
 from sae_lens_e2e.figures.key import Key
@@ -17,8 +18,7 @@ CAPTION = (
     "error over tokens and dimensions (left; lower is better) and explained variance (right; higher is better)."
 )
 SOURCE = "a layers_frame"
-MSE = ("mse", "MSE (squared activation)")
-EXPLAINED_VARIANCE = ("explained_variance", "explained variance (fraction)")
+MSE, EXPLAINED_VARIANCE = MEASURES["mse"], MEASURES["explained_variance"]
 
 
 def layers_figure(frame: pd.DataFrame) -> Figure:
@@ -35,16 +35,16 @@ def layers_plotly(frame: pd.DataFrame) -> go.Figure:
     return interactive(_panels(frame))
 
 
-def layer_panel(frame: pd.DataFrame, measure: tuple[str, str]) -> Panel:
-    """One measure, a column and its label, by hook in the order of the model."""
-    column, label = measure
+def layer_panel(frame: pd.DataFrame, measure: Measure) -> Panel:
+    """One measure by hook in the order of the model."""
+    column = measure.name
     rows = require(frame, SOURCE, "hook", "layer", column).sort_values("layer", kind="stable")
     check_one_hook(rows)
     names = hook_labels(rows["hook"])
     place = {hook: float(i) for i, hook in enumerate(names)}
     series = Key.of(rows).curves(rows.assign(place=rows["hook"].map(place)).sort_index(), "place", column)
     ticks = tuple((place[hook], name) for hook, name in names.items())
-    y = scaled_axis(label, rows[column]) if column == "mse" else Axis(label)
+    y = scaled_axis(measure.axis, rows[column]) if measure is MSE else Axis(measure.axis)
     return Panel("", Axis("hook", ticks=ticks), y, tuple(series))
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.figures.browser import interactive
 from sae_lens_e2e.figures.frames import require
 from sae_lens_e2e.figures.layers import SOURCE, check_one_hook
@@ -19,7 +20,7 @@ CAPTION = (
     "Each SAE's output against its input, at position 0 of a prompt and at later ones: the ratio of their L2 norms (left) and "
     "their cosine similarity (right), means over tokens. 1 is perfect."
 )
-MEASURES = (("l2_ratio", "L2 ratio, output / input"), ("cosine", "cosine of output and input"))
+_DRAWN = ("l2_ratio", "cosine")
 POSITIONS = (("first", "position 0"), ("later", "later positions"))
 # Black, for in the other figures a colour is an objective.
 _LOOKS = tuple(replace(style(i), colour=COLOURS[-1]) for i in range(len(POSITIONS)))
@@ -40,14 +41,14 @@ def norms_plotly(frame: pd.DataFrame) -> go.Figure:
 
 
 def _panels(frame: pd.DataFrame) -> list[Panel]:
-    columns = [f"{measure}_{position}" for measure, _ in MEASURES for position, _ in POSITIONS]
+    columns = [f"{measure}_{position}" for measure in _DRAWN for position, _ in POSITIONS]
     rows = require(frame, SOURCE, "hook", "layer", *columns)
     rows = require(rows.loc[rows["layer"] == 0], f"{SOURCE} with each SAE's own hook, layer 0")
     check_one_hook(rows)
     names = labels(map(str, rows["sae"]))
     place = {sae: float(i) for i, sae in enumerate(names)}
     panels = []
-    for i, (measure, label) in enumerate(MEASURES):
+    for i, measure in enumerate(_DRAWN):
         # The names are written once, at the left.
         ticks = tuple((place[sae], "" if i else name) for sae, name in names.items())
         series = []
@@ -57,5 +58,5 @@ def _panels(frame: pd.DataFrame) -> list[Panel]:
             x, y = tuple(map(float, known[f"{measure}_{position}"])), tuple(place[sae] for sae in saes)
             look, hollow = _LOOKS[number], position == "first"
             series += [Series(title, look, x, y, saes, kind="points", hollow=hollow)] if saes else []
-        panels.append(Panel("", Axis(label, reference=1), Axis("", ticks=ticks), tuple(series)))
+        panels.append(Panel("", Axis(MEASURES[measure].axis, reference=1), Axis("", ticks=ticks), tuple(series)))
     return panels

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from sae_lens_e2e.evaluation.measures import MEASURES, Measure
 from sae_lens_e2e.figures.browser import interactive
 from sae_lens_e2e.figures.names import labels
 from sae_lens_e2e.figures.panel import Axis, Panel, Series, scaled_axis
@@ -18,9 +19,7 @@ CAPTION = (
     "CE loss increase from splicing in each SAE, against L0 (left) and against alive features (right). Lines join the SAEs "
     "that no other of their objective beats; hollow ones are beaten. Lower and further left is better."
 )
-COST = ("ce_loss_increase", "CE loss increase (nats a token)")
-L0 = ("l0", "L0 (features active a token)")
-ALIVE = ("n_alive", "alive features")
+COST, L0, ALIVE = (MEASURES[name] for name in ("ce_loss_increase", "l0", "n_alive"))
 
 
 def pareto_figure(frame: pd.DataFrame) -> Figure:
@@ -37,9 +36,9 @@ def pareto_plotly(frame: pd.DataFrame) -> go.Figure:
     return interactive(_panels(frame))
 
 
-def cost_panel(frame: pd.DataFrame, sparsity: tuple[str, str], group: str = "objective") -> Panel:
-    """CE loss increase against one measure of sparsity, a column and its label."""
-    (x, x_label), (y, y_label) = sparsity, COST
+def cost_panel(frame: pd.DataFrame, sparsity: Measure, group: str = "objective") -> Panel:
+    """CE loss increase against one measure of sparsity."""
+    x, y = sparsity.name, COST.name
     rows, front = comparable(frame, x, y, group=group), pareto(frame, x, y, group)
     look, label = styles(map(str, rows[group])), labels(map(str, rows[group]))
     series = []
@@ -47,8 +46,8 @@ def cost_panel(frame: pd.DataFrame, sparsity: tuple[str, str], group: str = "obj
         beaten = rows.loc[(rows[group] == name) & ~rows["sae"].isin(best["sae"])]
         line = Series(label[str(name)], look[str(name)], *_points(best, x, y))
         series += [line, replace(_with(line, beaten, x, y), kind="points", hollow=True, in_legend=False)]
-    x_axis = scaled_axis(x_label, rows[x]) if x == "l0" else Axis(x_label)
-    return Panel("", x_axis, scaled_axis(y_label, rows[y]), tuple(one for one in series if one.x))
+    x_axis = scaled_axis(sparsity.axis, rows[x]) if sparsity is L0 else Axis(sparsity.axis)
+    return Panel("", x_axis, scaled_axis(COST.axis, rows[y]), tuple(one for one in series if one.x))
 
 
 def _panels(frame: pd.DataFrame) -> list[Panel]:

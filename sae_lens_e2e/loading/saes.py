@@ -1,16 +1,21 @@
-"""An SAE from wherever it is: SAELens' folders, or Apollo's runs."""
+"""SAEs from wherever they are: SAELens' folders, folders of several SAEs that were trained together, or Apollo's runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_lens_e2e.apollo import load_apollo_saes
 
 
 def load_sae(source: str | Path, device: str = "cpu") -> SAE[Any]:
-    """The one SAE at `source`. Raises ValueError if there are several, or what `load_saes` raises."""
+    """The one SAE at `source`. Raises ValueError, with their names, if there are several, or what `load_saes` raises."""
+    if len(names := joint_names(source)) > 1:
+        raise ValueError(
+            f"{source} holds SAEs that were trained together: {', '.join(names)}; give {Path(source)}/NAME"
+        )
     saes = load_saes(source, device)
     if len(saes) > 1:
         raise ValueError(
@@ -27,28 +32,58 @@ def load_saes(
     n_samples: int | None = None,
     fold_centring: bool | None = None,
 ) -> dict[str, SAE[Any]]:
-    """The SAEs at `source`, a folder that SAELens saved or whatever `load_apollo_sae` takes, by hook name.
+    """The SAEs at `source`: those trained together by their names in the run, in its order, and all others by hook name.
 
-    `hook_name` takes the one there only; `n_samples` and `fold_centring` are `load_apollo_sae`'s. Raises ValueError if there is
-    none at that hook, or if those are given for an SAE of SAELens', and what `load_apollo_sae` raises.
+    `source` is a folder that SAELens saved, the output folder of an `E2EMultiTrainingRunner`, or whatever `load_apollo_sae` takes.
+    `hook_name` takes those at that hook only; `n_samples` and `fold_centring` are `load_apollo_sae`'s. Raises ValueError if there
+    is none at that hook, or if those are given for SAEs of SAELens', FileNotFoundError for one of a joint run that is not there,
+    and what `load_apollo_sae` raises.
     """
+    names = joint_names(source)
     saes: dict[str, SAE[Any]]
-    if not is_sae_folder(source):
+    if not names and not is_sae_folder(source):
         saes = dict(load_apollo_saes(source, n_samples=n_samples, fold_centring=fold_centring, device=device))
-    elif n_samples is None and fold_centring is None:
-        sae = SAE.load_from_disk(source, device=device)
-        saes = {str(sae.cfg.metadata.hook_name): sae}
-    else:
+    elif n_samples is not None or fold_centring is not None:
         raise ValueError(
             f"n_samples={n_samples} and fold_centring={fold_centring} are for Apollo's SAEs, and {str(source)!r} is SAELens'"
         )
+    elif names:
+        saes = {name: _load_of_run(Path(source) / name, device) for name in names}
+    else:
+        sae = SAE.load_from_disk(source, device=device)
+        saes = {str(sae.cfg.metadata.hook_name): sae}
     if hook_name is None:
         return saes
-    if hook_name not in saes:
-        raise ValueError(f"hook_name={hook_name!r}: {source} holds SAEs at {', '.join(saes)} only")
-    return {hook_name: saes[hook_name]}
+    at_hook = {name: sae for name, sae in saes.items() if sae.cfg.metadata.hook_name == hook_name}
+    if not at_hook:
+        hooks = dict.fromkeys(str(sae.cfg.metadata.hook_name) for sae in saes.values())
+        raise ValueError(f"hook_name={hook_name!r}: {source} holds SAEs at {', '.join(hooks)} only")
+    return at_hook
 
 
 def is_sae_folder(path: str | Path) -> bool:
     """Whether a folder holds an SAE as SAELens saves it."""
     return (Path(path) / SAE_CFG_FILENAME).is_file() and (Path(path) / SAE_WEIGHTS_FILENAME).is_file()
+
+
+def is_joint_folder(path: str | Path) -> bool:
+    """Whether a folder holds SAEs that were trained together, each as `is_sae_folder` in a folder of its name."""
+    return bool(joint_names(path))
+
+
+def joint_names(path: str | Path) -> list[str]:
+    """The names of the SAEs that were trained together into a folder, in the run's own order; none if it is no such folder."""
+    try:
+        settings = json.loads((Path(path) / RUNNER_CFG_FILENAME).read_text())
+    except (OSError, ValueError):
+        return []
+    saes = settings.get("saes") if isinstance(settings, dict) else None
+    return list(saes) if isinstance(saes, dict) else []
+
+
+def _load_of_run(folder: Path, device: str) -> SAE[Any]:
+    if not is_sae_folder(folder):
+        raise FileNotFoundError(
+            f"{folder} is not there, and the {RUNNER_CFG_FILENAME} beside it names it; copy it there, or give the others' own folders"
+        )
+    return SAE.load_from_disk(folder, device=device)

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
+from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class E2E(Objective):
     mse_coefficient: float = 0.0
 
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
+    def terms(self, batch: Batch) -> dict[str, Term]:
         return {
-            "kl": Term(batch.kl(), self.kl_coefficient),
-            "mse_loss": Term(batch.mse_loss, self.mse_coefficient),
+            "kl": Term(self.kl_coefficient, lambda: batch.kl()),
+            "mse_loss": Term(self.mse_coefficient, lambda: batch.mse_loss),
         }

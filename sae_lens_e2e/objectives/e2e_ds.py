@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
-import torch
 from typing_extensions import Self, override
 
-from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
-from sae_lens_e2e.objectives.terms import downstream_mse
+from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.batch import Batch
+from sae_lens_e2e.objectives.terms import downstream_mse, mean_over_hooks
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,10 @@ class E2EDownstream(Objective):
         return replace(self, downstream_hooks=tuple(later_blocks))
 
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
-        by_hook = downstream_mse(batch.spliced, batch.clean)
-        mean = torch.stack([mse.to(batch.mse_loss.device) for mse in by_hook.values()]).mean()
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        by_hook = cache(lambda: downstream_mse(batch.spliced, batch.clean))
         return {
-            "kl": Term(batch.kl(), self.kl_coefficient),
-            "downstream_mse": Term(mean, self.downstream_coefficient, parts=by_hook),
-            "mse_loss": Term(batch.mse_loss, self.mse_coefficient),
+            "kl": Term(self.kl_coefficient, lambda: batch.kl()),
+            "downstream_mse": Term(self.downstream_coefficient, lambda: mean_over_hooks(by_hook()), parts=by_hook),
+            "mse_loss": Term(self.mse_coefficient, lambda: batch.mse_loss),
         }

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from sae_lens_e2e.objectives.base import Objective, SplicedBatch, Term
+from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,5 @@ class Local(Objective):
     mse_coefficient: float = 1.0
 
     @override
-    def terms(self, batch: SplicedBatch) -> dict[str, Term]:
-        return {"mse_loss": Term(batch.mse_loss, self.mse_coefficient)}
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        return {"mse_loss": Term(self.mse_coefficient, lambda: batch.mse_loss)}

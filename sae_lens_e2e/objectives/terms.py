@@ -24,3 +24,9 @@ def downstream_mse(
 ) -> dict[str, Float[Tensor, ""]]:
     """`reconstruction_mse` at each hook that both mappings name, by hook name."""
     return {hook: reconstruction_mse(spliced[hook], clean[hook]) for hook in clean}
+
+
+def mean_over_hooks(by_hook: Mapping[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
+    """The mean of what was found at each hook, on the device of the last, which is that of the model's end."""
+    losses = list(by_hook.values())
+    return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()

@@ -8,6 +8,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
+from sae_lens_e2e.evaluation.measures import MEASURES
+
 MARK = (
     "<!-- Written by sae-lens-e2e, which writes it anew with every upload. Remove this line to keep your own text. -->"
 )
@@ -16,19 +18,7 @@ PAPER = (
     "(https://arxiv.org/abs/2405.12241) (Braun, Taylor, Goldowsky-Dill and Sharkey, 2024)"
 )
 _TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "sae-lens-e2e"]
-_FIGURES = {
-    "ce_loss_increase": "CE loss increase (nats)",
-    "ce_loss_without_sae": "CE loss without the SAE (nats)",
-    "ce_loss_with_sae": "CE loss with the SAE (nats)",
-    "ce_loss_with_ablation": "CE loss with zeros in its place (nats)",
-    "ce_loss_score": "CE loss score",
-    "kl": "KL divergence (nats)",
-    "kl_with_ablation": "KL divergence with zeros in its place (nats)",
-    "l0": "L0",
-    "l1": "L1",
-    "n_alive": "alive features",
-    "fraction_alive": "fraction of features alive",
-    "n_tokens": "tokens evaluated",
+_TITLES = {measure.name: measure.title for measure in MEASURES.values()} | {
     "layers": "Activations with the SAE spliced in against those without",
     "downstream_mse": "Mean squared error of later activations with the SAE spliced in",
 }
@@ -172,7 +162,7 @@ def _figures(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     names = _in_order(name for values in figures.values() for name in values)
     numbers = [
         {
-            "figure": _FIGURES.get(name, name),
+            "figure": _TITLES.get(name, name),
             **{f"`{sae_id}`": _shown(values[name]) for sae_id, values in found.items()},
         }
         for name in names
@@ -181,7 +171,7 @@ def _figures(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     tables = [_table(numbers)]
     for name in names:
         rows = [row for sae_id, values in figures.items() for row in _nested(sae_id, values.get(name))]
-        tables += [f"{_FIGURES.get(name, name)}:\n\n{_table(rows)}"] if rows else []
+        tables += [f"{_TITLES.get(name, name)}:\n\n{_table(rows)}"] if rows else []
     return "\n\n".join(table for table in tables if table)
 
 
@@ -200,12 +190,12 @@ def _nested(sae_id: str, values: Any) -> list[_Row]:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _shown(value) for name, value in values.items() if _is_number(value)}
+    return {_TITLES.get(name, name): _shown(value) for name, value in values.items() if _is_number(value)}
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
     """Each once, those with a title first, in the order of the titles."""
-    titled = list(_FIGURES)
+    titled = list(_TITLES)
     return sorted(dict.fromkeys(names), key=lambda name: titled.index(name) if name in titled else len(titled))
 
 

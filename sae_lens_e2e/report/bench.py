@@ -1,7 +1,8 @@
 """What all SAEs of a report are measured on: one language model, one hook, the same tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,13 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from sae_lens_e2e.columns import column_of
 from sae_lens_e2e.evaluation.tokens import Setting
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
 from sae_lens_e2e.report.sources import Member, Skipped, one_line
 from sae_lens_e2e.report.store import fingerprint, fingerprint_of_module
-from sae_lens_e2e.splice import Splice, make_splice
-
-_COLUMNS = ("input_ids", "tokens")
+from sae_lens_e2e.splice import Site, SplicedModel, check_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,20 +42,15 @@ class Bench:
         """How many tokens a measure reads."""
         return self.tokens.numel()
 
-    @property
-    def splice(self) -> Splice:
-        """The model, to be spliced at the SAEs' hook."""
-        return make_splice(self.model, self.setting.hook_name, self.setting.hook_head_index)
+    @cached_property
+    def splice(self) -> SplicedModel:
+        """The model, to be run clean or with SAEs in it."""
+        return SplicedModel(self.model)
 
     @property
     def dataset(self) -> Dataset:
         """The tokens as a dataset, a row a prompt."""
         return Dataset.from_dict({"input_ids": self.tokens.numpy()})
-
-    def batches(self) -> Iterator[Int[Tensor, "prompts pos"]]:
-        """The tokens on the model's device, a batch at a time."""
-        device = next(self.model.parameters()).device
-        return (batch.to(device) for batch in self.tokens.split(self.batch_size_prompts))
 
 
 def set_up(
@@ -82,11 +77,12 @@ def set_up(
         kwargs = metadata.model_from_pretrained_kwargs
         model = load_model(model_name, device, metadata.model_class_name or "HookedTransformer", kwargs)
     setting = _setting(members, model)
-    splice = make_splice(model, setting.hook_name, setting.hook_head_index)
-    setting.check_positions(splice.n_ctx)
+    splice = SplicedModel(model)
+    splice.check_hook(setting.hook_name)
+    setting.check(splice.n_ctx)
     documents = load_documents(dataset_name)[1] if isinstance(dataset, str) or dataset is None else dataset
     tokens = _tokens(documents, model, setting.context_size, max_tokens, batch_size_prompts)
-    kept, skipped = _fitting(members, splice, tokens[:1, :4].to(next(model.parameters()).device))
+    kept, skipped = _fitting(members, splice, setting.site)
     identity = f"{fingerprint_of_module(model)}-{fingerprint({'tokens': tokens})}"
     batch_size = min(batch_size_prompts, len(tokens))
     return Bench(model, str(model_name), dataset_name, setting, tokens, batch_size, identity), kept, skipped
@@ -104,7 +100,7 @@ def _dataset_name(members: Sequence[Member], given: bool) -> str:
 def _setting(members: Sequence[Member], model: HookedRootModule) -> Setting:
     (first, setting), *others = ((member.name, Setting.of(member.sae, model)) for member in members)
     for name, other in others:
-        setting.check_same(other, (first, name))
+        setting.check_same(other, (first, name), place=True)
     return setting
 
 
@@ -121,8 +117,7 @@ def _tokens(
         raise ValueError(
             f"there are {len(rows)} prompts of {context_size} tokens, and max_tokens={max_tokens}; give more of what is short"
         )
-    column = next(name for name in _COLUMNS if name in rows.column_names)
-    prompts = rows.select(range(n_prompts))[column]
+    prompts = rows.select(range(n_prompts))[column_of(rows.column_names).name]
     if (shortest := min(map(len, prompts))) < context_size:
         raise ValueError(
             f"the dataset has a row of {shortest} tokens, fewer than the SAEs' context_size={context_size}"
@@ -130,20 +125,18 @@ def _tokens(
     return torch.tensor([list(prompt[:context_size]) for prompt in prompts], dtype=torch.long)
 
 
-def _fitting(
-    members: Sequence[Member], splice: Splice, tokens: Int[Tensor, "1 pos"]
-) -> tuple[list[Member], list[Skipped]]:
-    reasons = {member.name: _misfit(member, splice, tokens) for member in members}
+def _fitting(members: Sequence[Member], splice: SplicedModel, site: Site) -> tuple[list[Member], list[Skipped]]:
+    reasons = {member.name: _misfit(member, splice, site) for member in members}
     skipped = [Skipped(name, reason) for name, reason in reasons.items() if reason is not None]
     if len(skipped) == len(members):
         raise ValueError(f"no SAE fits the model; {skipped[0].name}: {skipped[0].reason}")
     return [member for member in members if reasons[member.name] is None], skipped
 
 
-def _misfit(member: Member, splice: Splice, tokens: Int[Tensor, "1 pos"]) -> str | None:
+def _misfit(member: Member, splice: SplicedModel, site: Site) -> str | None:
     """Why an SAE does not fit the model, if it does not."""
     try:
-        splice.probe(tokens, member.sae.cfg.d_in)
+        check_sites(splice, {member.name: site}, {member.name: member.sae.cfg.d_in})
     except ValueError as error:
         return one_line(error)
     return None

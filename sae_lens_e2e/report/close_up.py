@@ -10,16 +10,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_e2e.evaluation.features import FeatureSums
-from sae_lens_e2e.evaluation.running import inference
+from sae_lens_e2e.evaluation.running import in_prompts, inference
 from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.evaluations import ALIVE_TOKENS
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member, one_line
 from sae_lens_e2e.report.store import Store, digest
-from sae_lens_e2e.splice import frozen
 from sae_lens_e2e.studies.agreement import TEMPLATES, agreement_pairs
 from sae_lens_e2e.studies.contrast import tokenizer_of
-from sae_lens_e2e.studies.directions import Directions, counted_positions, measure_directions
+from sae_lens_e2e.studies.directions import Directions, measure_directions
 from sae_lens_e2e.studies.faithfulness import Faithfulness, faithfulness
 from sae_lens_e2e.studies.geometry import Geometry, Kind, compare, geometry
 
@@ -59,15 +58,15 @@ def live_features(members: Sequence[Member], bench: Bench, verbose: bool = True)
     if not members:
         return {}
     sums = {one.name: FeatureSums(one.sae.cfg.d_sae, ALIVE_TOKENS, one.sae.device) for one in members}
-    splice = bench.splice
-    n_batches = -(-len(bench.tokens) // bench.batch_size_prompts)
-    with frozen(bench.model):
-        for tokens in tqdm(bench.batches(), "Live features", n_batches, leave=False, disable=not verbose):
-            x = splice.read(splice.clean(tokens, stop_at_hook=True).activation)
+    splice, site = bench.splice, bench.setting.site
+    batches = bench.tokens.split(bench.batch_size_prompts)
+    with splice.running():
+        for tokens in tqdm(batches, "Live features", leave=False, disable=not verbose):
+            x = in_prompts(site, splice.clean(tokens.to(splice.device), [site], final=False).at[site.read])
+            where = bench.setting.positions.of(tokens)
             for one in members:
-                mask = counted_positions(tokens, one.sae, bench.model)
                 with inference(one.sae):
-                    sums[one.name].add(one.sae.encode(x.to(one.sae.device)), mask)
+                    sums[one.name].add(one.sae.encode(x.to(one.sae.device)), where)
     return {name: one.alive for name, one in sums.items()}
 
 

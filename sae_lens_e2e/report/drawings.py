@@ -1,10 +1,8 @@
 """The figures of a report: each from its frame, for the page and as a file for papers."""
 
-from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,12 @@ FOLDER = "figures"
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure as it goes into the page: plotly's JSON, or a PNG in base64 of one that there is nothing to point at in."""
+    """One figure as it goes into the page, as plotly's JSON."""
 
     name: str
     title: str
     caption: str
-    plotly: str | None
-    png: str | None
+    plotly: str
 
 
 def check_figures(names: Sequence[str] | None) -> None:
@@ -56,13 +53,8 @@ def drawings(results: Results, names: Sequence[str] | None, folder: Path) -> Ite
 
 
 def _drawing(kind: FigureKind, frame: pd.DataFrame, folder: Path) -> Drawing:
-    drawn = kind.draw(frame)
-    save(drawn, folder / FOLDER / f"{kind.name}.pdf")
-    if kind.interactive is None:
-        image = BytesIO()
-        drawn.savefig(image, format="png", dpi=200)
-        return Drawing(kind.name, kind.title, kind.caption, None, b64encode(image.getvalue()).decode())
-    return Drawing(kind.name, kind.title, kind.caption, str(plotly.io.to_json(kind.interactive(frame))), None)
+    save(kind.draw(frame), folder / FOLDER / f"{kind.name}.pdf")
+    return Drawing(kind.name, kind.title, kind.caption, str(plotly.io.to_json(kind.interactive(frame))))
 
 
 def _frames(results: Results) -> dict[str, Any]:

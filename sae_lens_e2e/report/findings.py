@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
+from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.report import published
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, factor, nearest
@@ -16,7 +17,6 @@ Verdict = Literal["agrees", "agrees in part", "does not agree", "cannot be said"
 
 # Two SAEs this near in what is to be equal are taken as equal in it.
 _EQUAL = 1.05
-_NOUNS = {"l0": "L0", "n_alive": "number of alive features", "ce_loss_increase": "CE loss increase"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _ratio(results: Results, comparison: Comparison) -> Finding:
     other, measure, equal = comparison.other, comparison.measure, comparison.equal
     rows, table = (published.SIMILAR_L0, 3) if equal == "l0" else (published.SIMILAR_CE, 2)
     theirs = published.ratios(rows, other, measure)
-    claim = f"At equal {_NOUNS[equal]}, {other} has a smaller {_NOUNS[measure]} than local"
+    claim = f"At equal {_noun(equal)}, {other} has a smaller {_noun(measure)} than local"
     paper = f"{_listed(theirs)} times local’s {_at_layers()} (table {table})"
     if comparison.at_median is not None and comparison.at_median.ratio is not None:
         ratio, here = comparison.at_median.ratio, _with_range(comparison)
@@ -87,8 +87,8 @@ def _of_nearest_pair(results: Results, comparison: Comparison) -> tuple[float | 
     pair = min(of_other, key=lambda names: factor(*_values(results, names, equal)))
     (other, local), (found, reference) = _values(results, pair, equal), _values(results, pair, measure)
     words = (
-        f"{sentence(comparison)} Of the two SAEs nearest in {_NOUNS[equal]}, {comparison.other} {other:.3g} and local {local:.3g}, the "
-        f"{_NOUNS[measure]} is {found:.4g} and {reference:.4g}"
+        f"{sentence(comparison)} Of the two SAEs nearest in {_noun(equal)}, {comparison.other} {other:.3g} and local {local:.3g}, the "
+        f"{_noun(measure)} is {found:.4g} and {reference:.4g}"
     )
     if reference <= 0:
         return None, f"{words}."
@@ -185,6 +185,10 @@ def _same_dictionary(results: Results, objective: str) -> Geometry | None:
     names = [one.name for one in results.close if one.objective == objective]
     found = (one for name in names for one in results.geometry.get(name, ()) if one.kind == "same dictionary")
     return next(found, None)
+
+
+def _noun(measure: str) -> str:
+    return MEASURES[measure].in_a_sentence
 
 
 def _interval(interval: Interval) -> str:

@@ -38,7 +38,7 @@ def finding_list(findings: Sequence[Finding]) -> dict[str, Any]:
 def figure(drawing: Drawing, more: str = "") -> dict[str, Any]:
     """A figure, and what to say after its caption."""
     # A script ends at the first closing tag, wherever that is.
-    json = (drawing.plotly or "").replace("<", "\\u003c")
+    json = drawing.plotly.replace("<", "\\u003c")
     return {"kind": "drawing", "drawing": drawing, "json": Markup(json), "more": f" {more}" if more else ""}
 
 

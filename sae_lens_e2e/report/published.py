@@ -35,12 +35,8 @@ LATER_LAYER_MSE = {"local": (0.5, 2.0), "e2e": (14.5, 22.0), "e2e_ds": (1.5, 2.5
 NEAREST_COSINE_DIFFERENCE = {"e2e": (0.166, 0.163, 0.168), "e2e_ds": (0.040, 0.037, 0.043)}
 """Figure 3a, layer 6: how much larger local's mean nearest cosine is, with its 95 % interval."""
 
-L2_RATIO_FIRST = {"local": (1.0, 1.0, 1.0), "e2e": (0.16, 0.11, 0.08), "e2e_ds": (0.14, 0.99, 0.99)}
 L2_RATIO_LATER = {"local": (0.98, 0.92, 0.91), "e2e": (0.67, 0.31, 0.15), "e2e_ds": (0.74, 0.56, 0.32)}
-"""Table 5, at `LAYERS`: at position 0, and at later ones."""
-
-TRAINING_HOURS = {"local": (3.75, 4.75, 5.32), "e2e": (12.4, 11.33, 10.2), "e2e_ds": (12.5, 11.4, 10.33)}
-"""Table 6, at `LAYERS`, on one A100."""
+"""Table 5, at `LAYERS`: after position 0."""
 
 
 def ratios(rows: dict[str, tuple[Published, ...]], objective: str, measure: str) -> list[float]:

@@ -9,7 +9,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e.evaluation import evaluation_frame, layers_frame
-from sae_lens_e2e.output import check_writable
+from sae_lens_e2e.output import check_writable, write_whole
 from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import check_figures, drawings
 from sae_lens_e2e.report.findings import findings
@@ -19,7 +19,7 @@ from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sections import PAPER, facts, lead, sections
 from sae_lens_e2e.report.settings import report_command
 from sae_lens_e2e.report.sources import collect
-from sae_lens_e2e.report.store import Store, write_whole
+from sae_lens_e2e.report.store import Store
 from sae_lens_e2e.report.table import Table
 from sae_lens_e2e.report.tables import tables
 from sae_lens_e2e.studies.directions import directions_frame

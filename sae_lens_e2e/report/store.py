@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lens_e2e import __version__
+from sae_lens_e2e.output import write_whole
 
 Result = TypeVar("Result")
 
@@ -37,23 +36,6 @@ class Store:
         # Another version may measure otherwise.
         text = json.dumps([__version__, key], sort_keys=True, default=str)
         return self.folder / f"{key['measure']}-{digest(text)}.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and move it into place; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        # A temporary file is nobody else's to read; what is written is as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def fingerprint_of_module(module: nn.Module) -> str:

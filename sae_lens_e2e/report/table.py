@@ -10,31 +10,6 @@ NOTHING = "—"
 Cell = str | int | float | None
 
 
-def count(value: float) -> str:
-    """A number of things: 46,080."""
-    return f"{round(value):,}"
-
-
-def nats(value: float) -> str:
-    """A loss, to three decimals as in the paper, or to two digits if it is small."""
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
-
-
-def decimals(n: int) -> Callable[[float], str]:
-    """A number with `n` decimals."""
-    return lambda value: f"{value:,.{n}f}"
-
-
-def significant(n: int) -> Callable[[float], str]:
-    """A number to `n` significant digits."""
-    return lambda value: f"{value:.{n}g}"
-
-
-def digits(value: float) -> str:
-    """A setting, with as many digits as it takes."""
-    return f"{value:g}"
-
-
 @dataclass(frozen=True)
 class Column:
     """A column's title and, if it holds numbers, how they are written."""

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
+from sae_lens_e2e.evaluation.formats import count, decimals, digits, significant
+from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, baseline_of, factor, nearest
 from sae_lens_e2e.report.sources import Member, objective_order
-from sae_lens_e2e.report.table import Cell, Column, Table, count, decimals, digits, nats, significant
+from sae_lens_e2e.report.table import Cell, Column, Table
 from sae_lens_e2e.studies.pareto import comparison_frame, headline
 from sae_lens_e2e.training.history import read_history
 
@@ -16,7 +18,6 @@ SECONDS = "details/seconds"
 """The column of a run's history that has how long it has trained."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-_NOUNS = {"l0": "L0", "n_alive": "alive features", "ce_loss_increase": "CE loss increase (nats)"}
 
 
 def all_saes(results: Results) -> Table:
@@ -35,12 +36,12 @@ def all_saes(results: Results) -> Table:
 
 def similar_ce(results: Results) -> Table:
     """For each SAE of another objective the local one nearest in CE loss increase: table 2."""
-    return _similar(results, "ce_loss_increase", "l0", "similar_ce", "Similar CE loss increase", "table 2")
+    return _similar(results, "ce_loss_increase", "l0", "similar_ce", "table 2")
 
 
 def similar_l0(results: Results) -> Table:
     """For each SAE of another objective the local one nearest in L0: table 3."""
-    return _similar(results, "l0", "ce_loss_increase", "similar_l0", "Similar L0", "table 3")
+    return _similar(results, "l0", "ce_loss_increase", "similar_l0", "table 3")
 
 
 def at_equal(results: Results) -> Table:
@@ -62,8 +63,7 @@ def at_equal(results: Results) -> Table:
 def l2_ratio(results: Results) -> Table:
     """Length and direction of the output against the input, of the SAEs that are looked at closely: table 5, figure 11."""
     measures = ("l2_ratio_first", "l2_ratio_later", "cosine_first", "cosine_later")
-    titles = ("L2 ratio, position 0", "L2 ratio, later", "cosine, position 0", "cosine, later")
-    columns = [*_what(results), *(Column(title, decimals(2)) for title in titles)]
+    columns = [*_what(results), *map(_column, measures)]
     rows = [
         [*_which(results, one), *(getattr(results.evaluations[one.name].at_hook, measure) for measure in measures)]
         for one in results.close
@@ -149,15 +149,15 @@ def faithfulness(results: Results) -> Table:
     )
 
 
-def _similar(results: Results, equal: str, measure: str, name: str, title: str, paper: str) -> Table:
+def _similar(results: Results, equal: str, measure: str, name: str, paper: str) -> Table:
     """Baseline SAEs, each with those of other objectives that it is the nearest to in `equal`, if they are near."""
-    baseline, noun = baseline_of(results.evaluations), _NOUNS[equal].split(" (")[0]
+    baseline, noun = baseline_of(results.evaluations), MEASURES[equal].label
     groups: dict[str, list[str]] = {}
     far = []
     for other, of_baseline in nearest(results.evaluations, equal).items():
         values = (getattr(results.evaluations[one], equal) for one in (other, of_baseline))
         (groups.setdefault(of_baseline, []) if factor(*values) <= SIMILAR else far).append(other)
-    columns = [*_columns(results), Column(f"{_NOUNS[measure].split(' (')[0]} ratio", decimals(2))]
+    columns = [*_columns(results), Column(f"{MEASURES[measure].label} ratio", decimals(2))]
     rows = [
         [
             [*_row(results, results.member(one)), _fraction(results.evaluations, one, member.name, measure)]
@@ -169,14 +169,14 @@ def _similar(results: Results, equal: str, measure: str, name: str, title: str, 
     note = f"Each SAE of another objective under the {baseline} one nearest to it in {noun}; the ratio is to that one."
     if far:
         note += f" Left out: {len(far)} whose nearest has more than {SIMILAR} times as much, or as little."
-    return Table(name, title, columns, rows, note, paper=paper)
+    return Table(name, f"Similar {noun}", columns, rows, note, paper=paper)
 
 
 def _compared(row: Mapping[str, Any]) -> list[Cell]:
     """A row of a `comparison_frame`."""
     remark = row["reason"] if isinstance(row["reason"], str) else "median" if row["is_median"] else ""
     numbers = [row[name] for name in ("value", "other_value", "baseline_value", "ratio")]
-    return [row["other"], _NOUNS[row["measure"]], _NOUNS[row["equal"]], *numbers, remark]
+    return [row["other"], MEASURES[row["measure"]].title, MEASURES[row["equal"]].title, *numbers, remark]
 
 
 def _named(results: Results, name: str) -> str:
@@ -192,8 +192,12 @@ def _fraction(evaluations: Mapping[str, Evaluation], one: str, other: str, measu
 
 
 def _columns(results: Results) -> list[Column]:
-    figures = [Column("L0", decimals(1)), Column("alive", count), Column("of", count), Column("CE loss increase", nats)]
-    return [*_what(results), *figures]
+    alive = [Column("alive", count), Column("of", count)]
+    return [*_what(results), _column("l0"), *alive, _column("ce_loss_increase")]
+
+
+def _column(measure: str) -> Column:
+    return Column(MEASURES[measure].label, MEASURES[measure].format)
 
 
 def _row(results: Results, member: Member) -> list[Cell]:

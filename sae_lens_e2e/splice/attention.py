@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.components.attention import Attention
@@ -20,29 +20,34 @@ SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")
 
 
 @contextmanager
-def fused_attention(model: HookedTransformer) -> Iterator[None]:
-    """Compute the same attention with the fused kernel in every layer that allows it, until the block is left."""
-    replaced = [_Fused(block.attn) for block in model.blocks if is_fusible(block.attn)]
-    for fused in replaced:
-        fused.install()
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """Compute the same attention with the fused kernel wherever it allows that, until the block is left.
+
+    Whether it does is asked at each call: a layer whose scores or pattern somebody hooks, a padded batch and a key-value cache
+    are computed as TransformerLens writes them. Models other than a `HookedTransformer` bring their own kernels.
+    """
+    layers = [block.attn for block in model.blocks] if isinstance(model, HookedTransformer) else []
+    # Within itself it has nothing left to do.
+    fused = [_Fused(attention) for attention in layers if is_fusible(attention) and not _Fused.is_in(attention)]
+    for layer in fused:
+        layer.install()
     try:
         yield
     finally:
-        for fused in replaced:
-            fused.remove()
+        for layer in fused:
+            layer.remove()
 
 
 def is_fusible(attention: AbstractAttention) -> bool:
-    """Whether scores and pattern are an ordinary causal softmax that nothing observes or alters."""
+    """Whether a layer's scores and pattern are an ordinary causal softmax."""
     cfg = attention.cfg
-    ordinary = (
+    return (
         type(attention) in (Attention, GroupedQueryAttention)
         and cfg.attention_dir == "causal"
         and cfg.positional_embedding_type in ("standard", "rotary", "shortformer")
         and not (cfg.attn_scores_soft_cap or 0) > 0
         and not cfg.use_attention_sinks
     )
-    return ordinary and not any(getattr(attention, hook).has_hooks() for hook in SCORE_HOOKS)
 
 
 class _Fused:
@@ -52,9 +57,14 @@ class _Fused:
 
     def __init__(self, attention: AbstractAttention):
         self.attention = attention
-        self.causal_mask = attention.apply_causal_mask
-        self.q: Tensor
-        self.k: Tensor
+        self.plain_scores = attention.calculate_attention_scores
+        self.plain_mask = attention.apply_causal_mask
+        self.plain_z = attention.calculate_z_scores
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def is_in(cls, attention: AbstractAttention) -> bool:
+        return cls.METHODS[0] in vars(attention)
 
     def install(self) -> None:
         for method in self.METHODS:
@@ -65,21 +75,26 @@ class _Fused:
             delattr(self.attention, method)
 
     def calculate_attention_scores(self, q: Tensor, k: Tensor) -> Tensor:
-        self.q, self.k = q.transpose(1, 2), k.transpose(1, 2)
+        if any(getattr(self.attention, hook).has_hooks() for hook in SCORE_HOOKS):
+            self.kept = None
+            return self.plain_scores(q, k)
+        self.kept = (q, k)
         # What the caller masks and takes the softmax of, for nobody to use.
         return q.new_zeros(1, 1, 1, 1)
 
     def apply_causal_mask(
-        self,
-        attn_scores: Tensor,
-        past_kv_pos_offset: int = 0,  # noqa: ARG002
-        attention_mask: Tensor | None = None,  # noqa: ARG002
+        self, attn_scores: Tensor, past_kv_pos_offset: int = 0, attention_mask: Tensor | None = None
     ) -> Tensor:
-        return attn_scores
+        # Rows that are all padding come out of the two kernels differently, and a cache has keys before these queries.
+        if self.kept is not None and (attention_mask is not None or past_kv_pos_offset):
+            attn_scores, self.kept = self.plain_scores(*self.kept), None
+        return attn_scores if self.kept else self.plain_mask(attn_scores, past_kv_pos_offset, attention_mask)
 
-    def calculate_z_scores(self, v: Tensor, pattern: Tensor) -> Tensor:  # noqa: ARG002
-        q, k, v = self.q, self.k, v.transpose(1, 2)
-        del self.q, self.k
+    def calculate_z_scores(self, v: Tensor, pattern: Tensor) -> Tensor:
+        if self.kept is None:
+            return self.plain_z(v, pattern)
+        (q, k), self.kept = self.kept, None
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         # Grouped-query attention: each key and value head serves several query heads.
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if t.shape[1] < q.shape[1] else t for t in (k, v))
         window = self._window(q)
@@ -99,4 +114,4 @@ class _Fused:
         n_pos = q.shape[2]
         if self.attention.attn_type != "local" or n_pos <= (cfg.window_size or 0):
             return None
-        return self.causal_mask(torch.zeros(1, 1, n_pos, n_pos, dtype=q.dtype, device=q.device))
+        return self.plain_mask(torch.zeros(1, 1, n_pos, n_pos, dtype=q.dtype, device=q.device))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from sae_lens_e2e.training.step import StepPlan
+from sae_lens_e2e.splice import Positions, Where
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class PromptBatch:
     group: tuple[str, int]
     """Template and number of tokens, which other batches may share."""
     tokens: Int[Tensor, "prompts pos"]
-    replaced: Bool[Tensor, "prompts pos"]
-    """The positions where the SAE's output takes the activation's place."""
+    where: Where
+    """The tokens at which the SAE's output takes the activation's place."""
     choices: Int[Tensor, "prompts 2"]
     """The tokens that continue each prompt rightly and wrongly."""
     pairs: Int[Tensor, "prompts"]
@@ -123,12 +123,13 @@ class PromptBatch:
 def prompt_batches(
     tokenized: Sequence[tuple[ContrastPair, tuple[TokenizedPrompt, ...]]],
     bos: Sequence[int],
-    plan: StepPlan,
+    positions: Positions,
+    batch_size: int,
     device: torch.device,
 ) -> list[PromptBatch]:
-    """The prompts of all pairs, each behind `bos`, in batches of the plan's size.
+    """The prompts of all pairs, each behind `bos`, in batches of at most `batch_size`.
 
-    Raises ValueError if the plan leaves no position of any prompt to the SAE.
+    Raises ValueError if `positions` leave none of any prompt to the SAE.
     """
     groups: dict[tuple[str, int], list[tuple[int, TokenizedPrompt]]] = defaultdict(list)
     for number, (pair, prompts) in enumerate(tokenized):
@@ -136,16 +137,16 @@ def prompt_batches(
             groups[pair.template, len(bos) + len(prompt.tokens)].append((number, prompt))
     batches = []
     for name, group in groups.items():
-        tokens = torch.tensor([[*bos, *prompt.tokens] for _, prompt in group], device=device)
-        replaced = plan.trained_positions(tokens)
+        tokens = torch.tensor([[*bos, *prompt.tokens] for _, prompt in group])
+        where = positions.of(tokens)
         choices = torch.tensor([[prompt.correct, prompt.wrong] for _, prompt in group], device=device)
         pairs = torch.tensor([number for number, _ in group])
-        parts = (part.split(plan.prompts_per_forward) for part in (tokens, replaced, choices, pairs))
+        parts = (part.split(batch_size) for part in (tokens.to(device), where, choices, pairs))
         batches += [PromptBatch(name, *part) for part in zip(*parts, strict=True)]
-    if not any(bool(batch.replaced.any()) for batch in batches):
+    if not any(batch.where.n for batch in batches):
         raise ValueError(
-            f"seqpos_slice={plan.seqpos_slice} and exclude_special_tokens leave no position of these prompts to the SAE; give "
-            "longer prompts"
+            f"seqpos_slice={positions.seqpos_slice} and exclude_special_tokens leave no position of these prompts to the SAE; "
+            "give longer prompts"
         )
     return batches
 

@@ -12,27 +12,27 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from sae_lens_e2e.evaluation.running import check_evaluable, inference, reconstruct
+from sae_lens_e2e.columns import column_of
+from sae_lens_e2e.evaluation.running import check_evaluable, in_prompts, inference, reconstruct
 from sae_lens_e2e.evaluation.tokens import excluded_tokens
-from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.training.step import StepPlan
+from sae_lens_e2e.splice import Positions, Site, SplicedModel, Where, check_sites
 
 # Figure 23 shows the first 25. Of the rest, to d_in, a few do: they matter less and less.
 N_FIRST, N_SPACED = 25, 15
 MEASURES = ("explained_variance", "correlation", "kl", "mean_at_0", "mean_later")
 
 Tokens: TypeAlias = Int[Tensor, "batch pos"]
-Mask: TypeAlias = Bool[Tensor, "batch pos"]
-Activations: TypeAlias = Float[Tensor, "batch pos d_in"]
 Vectors: TypeAlias = Float[Tensor, "n_directions d_in"]
-Prompts = Sequence[tuple[Tokens, Mask]]
-"""Batches of tokens, each with the positions that count."""
+Prompts = Sequence[tuple[Tokens, Where]]
+"""Batches of tokens, and which of them count."""
+Activations: TypeAlias = Iterator[tuple[Float[Tensor, "batch pos *d_act"], Where]]
+"""The activations at a hook, a batch at a time."""
 Figures = tuple[float | None, ...]
 
 
@@ -90,7 +90,7 @@ def measure_directions(
 ) -> Directions:
     """How well an SAE reconstructs each principal direction of the activations at its hook, and how much the model needs it.
 
-    `tokens` are batches (batch, pos), or prompts (prompts, pos), or a dataset with a column `input_ids` of equal rows. Positions
+    `tokens` are batches (batch, pos), or prompts (prompts, pos), or a dataset with a column of tokens, in equal rows. Positions
     outside the metadata's `seqpos_slice` and tokens of its `exclude_special_tokens` keep their activation and count nowhere.
     `directions`, counted from 0, default to `default_directions(d_in)`. The KL is of the first `n_kl_prompts` prompts, whose
     activations are held; 0 leaves it out, as for a second SAE of the same hook: it is the model's alone.
@@ -106,19 +106,19 @@ def measure_directions(
         raise ValueError(f"directions={list(index)} must be different numbers from 0 to {d_in - 1}, and at least one")
     if n_kl_prompts < 0:
         raise ValueError(f"n_kl_prompts={n_kl_prompts} must not be negative; 0 leaves the KL out")
-    splice = make_splice(model, metadata.hook_name, metadata.hook_head_index)
-    device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in _batches(tokens, batch_size_prompts, splice.n_ctx)]
-    prompts = [(batch, counted_positions(batch, sae, model)) for batch in batches]
-    n_tokens = sum(int(mask.sum()) for _, mask in prompts)
+    splice, site = SplicedModel(model), Site.of_sae(metadata.hook_name, metadata.hook_head_index)
+    batches = _batches(tokens, batch_size_prompts, splice.n_ctx)
+    prompts = [(batch.to(splice.device), counted_positions(batch, sae, model)) for batch in batches]
+    n_tokens = sum(where.n for _, where in prompts)
     if n_tokens < 2:
         raise ValueError(f"seqpos_slice and exclude_special_tokens leave {n_tokens} tokens; give more prompts")
-    splice.probe(batches[0][:1], d_in)
-    with frozen(model), inference(sae):
-        components = pca(x[mask] for x, mask in _activations(splice, prompts, "Principal components"))
+    check_sites(splice, {"sae": site}, {"sae": d_in})
+    with splice.running(), inference(sae):
+        activations = _activations(splice, site, prompts, "Principal components")
+        components = pca(site.take(where.take(activation)) for activation, where in activations)
         chosen = components.directions[list(index)]
-        reconstructed = _along(chosen, components, sae, _activations(splice, prompts, "Reconstruction"))
-        kl, n_kl_tokens = ablation_kl(splice, _first_prompts(prompts, n_kl_prompts), chosen, seed)
+        reconstructed = _along(chosen, components, sae, site, _activations(splice, site, prompts, "Reconstruction"))
+        kl, n_kl_tokens = ablation_kl(splice, site, _first_prompts(prompts, n_kl_prompts), chosen, seed)
     explained_variance = components.variance[list(index)] / components.variance.sum()
     return Directions(
         metadata.hook_name, n_tokens, n_kl_tokens, index, tuple(explained_variance.tolist()), kl=kl, **reconstructed
@@ -168,36 +168,44 @@ def pca(activations: Iterable[Float[Tensor, "tokens d_in"]]) -> PrincipalCompone
 
 
 @torch.no_grad()
-def ablation_kl(splice: Splice, prompts: Prompts, directions: Vectors, seed: int = 0) -> tuple[Figures, int]:
+def ablation_kl(
+    splice: SplicedModel, site: Site, prompts: Prompts, directions: Vectors, seed: int = 0
+) -> tuple[Figures, int]:
     """KL(clean ‖ ablated) in nats a token when a direction is resampled, for each direction, and over how many tokens.
 
     The resample ablation of figure 23: each counted token after position 0 gets the coordinate along the direction of another,
     drawn once for all directions, and keeps the rest of its activation. Only what follows the hook is run again.
     """
-    cleans = [(splice.clean(tokens), _later(mask)) for tokens, mask in prompts]
-    sizes = [int(mask.sum()) for _, mask in cleans]
+    cleans = [(splice.clean(tokens, [site]), _later(where)) for tokens, where in prompts]
+    sizes = [where.n for _, where in cleans]
     n_tokens = sum(sizes)
     if n_tokens < 2:
         return (None,) * len(directions), 0
-    counted = torch.cat([splice.read(clean.activation)[mask] for clean, mask in cleans])
+    counted = torch.cat([site.take(where.take(clean.at[site.read])) for clean, where in cleans])
     directions = directions.to(counted.device, torch.promote_types(counted.dtype, torch.float32))
     coordinates = counted.to(directions) @ directions.T
     # One round through all tokens in random order, so that none is its own source.
     order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed)).to(counted.device)
     source = torch.empty_like(order).index_put((order,), order.roll(1))
     changes = coordinates[source] - coordinates
-    found = []
-    for direction, change in zip(tqdm(directions, "KL by direction", leave=False), changes.T, strict=True):
-        kl = 0.0
-        for (clean, mask), moved in zip(cleans, change.split(sizes), strict=True):
+
+    def kl_of(direction: Tensor, change: Tensor) -> float:
+        kl: list[Tensor] = []
+        for (clean, where), moved in zip(cleans, change.split(sizes), strict=True):
+
+            def ablated(x: Tensor, moved: Tensor = moved) -> dict[str, Tensor]:
+                return {site.read: x.to(direction) + moved[:, None] * direction}
+
+            spliced = splice.spliced(clean, where, {site: ablated})
             assert clean.final is not None
-            x = splice.read(clean.activation).to(directions.dtype)
-            x = x.index_put((mask,), moved[:, None] * direction, accumulate=True)
-            final = splice.spliced(clean, splice.write(clean.activation, x)).final[mask]
+            assert spliced.final is not None
+            final = where.take(spliced.final)
             weights = torch.full((len(final),), 1 / n_tokens, device=final.device)
-            kl += float(splice.head.kl(final, clean.final[mask], weights))
-        found.append(kl)
-    return tuple(found), n_tokens
+            kl.append(splice.unembedding.kl(final, where.take(clean.final), weights))
+        return float(torch.stack(kl).sum())
+
+    by_direction = zip(tqdm(directions, "KL by direction", leave=False), changes.T, strict=True)
+    return tuple(kl_of(direction, change) for direction, change in by_direction), n_tokens
 
 
 def _batches(
@@ -212,10 +220,11 @@ def _batches(
     if isinstance(tokens, Tensor):
         tokens = tokens.split(batch_size_prompts)
     elif isinstance(tokens, Dataset):
-        if "input_ids" not in tokens.column_names:
-            raise ValueError(f"the dataset has columns {tokens.column_names} and no input_ids; tokenise it first")
-        rows: Any = tokens.with_format("torch", columns=["input_ids"])
-        tokens = (batch["input_ids"] for batch in rows.iter(batch_size_prompts))
+        column = column_of(tokens.column_names)
+        if not column.is_tokens:
+            raise ValueError(f"the dataset holds text, in its column {column.name!r}; tokenise it first")
+        rows: Any = tokens.with_format("torch", columns=[column.name])
+        tokens = (batch[column.name] for batch in rows.iter(batch_size_prompts))
     batches = [batch for batch in tokens if len(batch)]
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
@@ -227,25 +236,26 @@ def _batches(
     return batches
 
 
-def counted_positions(tokens: Tokens, sae: SAE[Any], model: HookedRootModule) -> Mask:
-    """The positions that an SAE was trained on: inside its metadata's `seqpos_slice`, and not an excluded token."""
+def counted_positions(tokens: Tokens, sae: SAE[Any], model: HookedRootModule) -> Where:
+    """The tokens that an SAE was trained on: inside its metadata's `seqpos_slice`, and not excluded."""
     metadata = sae.cfg.metadata
-    excluded = torch.tensor(excluded_tokens(metadata.exclude_special_tokens, model), dtype=torch.long)
-    return StepPlan(len(tokens), tuple(metadata.seqpos_slice or (None,)), excluded).trained_positions(tokens)
+    excluded = excluded_tokens(metadata.exclude_special_tokens, model)
+    return Positions(tuple(metadata.seqpos_slice or (None,)), excluded).of(tokens)
 
 
 def _along(
-    directions: Vectors, components: PrincipalComponents, sae: SAE[Any], activations: Iterable[tuple[Activations, Mask]]
+    directions: Vectors, components: PrincipalComponents, sae: SAE[Any], site: Site, activations: Activations
 ) -> dict[str, Figures]:
     """The correlation of original and reconstruction along each direction, and the original's mean at position 0 and later."""
     n_at_0, n_later = 0, 0
     sum_at_0, sums = directions.new_zeros(len(directions)), directions.new_zeros(5, len(directions))
-    for x, mask in activations:
+    for activation, where in activations:
+        x = in_prompts(site, activation)
         _, x_hat = reconstruct(sae, x.to(sae.dtype))
         # About the mean, so that no sum of squares is large beside the variance.
         a, b = ((y.cpu().double() - components.mean) @ directions.T for y in (x, x_hat))
-        mask = mask.cpu()
-        at_0, a, b = a[:, 0][mask[:, 0]], a[_later(mask)], b[_later(mask)]
+        later = _later(where)
+        at_0, a, b = a[:, 0][where.mask[:, 0]], later.take(a), later.take(b)
         sum_at_0 += at_0.sum(0)
         sums += torch.stack([y.sum(0) for y in (a, b, a * a, b * b, a * b)])
         n_at_0, n_later = n_at_0 + len(at_0), n_later + len(a)
@@ -263,21 +273,21 @@ def _along(
     }
 
 
-def _later(mask: Mask) -> Mask:
+def _later(where: Where) -> Where:
     """Without position 0."""
-    return mask & (torch.arange(mask.shape[1], device=mask.device) > 0)
+    return Where(where.mask & (torch.arange(where.mask.shape[1]) > 0))
 
 
-def _activations(splice: Splice, prompts: Prompts, description: str) -> Iterator[tuple[Activations, Mask]]:
-    for tokens, mask in tqdm(prompts, description, leave=False):
-        yield splice.read(splice.clean(tokens, stop_at_hook=True).activation), mask
+def _activations(splice: SplicedModel, site: Site, prompts: Prompts, description: str) -> Activations:
+    for tokens, where in tqdm(prompts, description, leave=False):
+        yield splice.clean(tokens, [site], final=False).at[site.read], where
 
 
 def _first_prompts(prompts: Prompts, n_prompts: int) -> Prompts:
     """Those batches that hold the first prompts, the last of them cut."""
     kept = []
-    for tokens, mask in prompts:
+    for tokens, where in prompts:
         if n_prompts > 0:
-            kept.append((tokens[:n_prompts], mask[:n_prompts]))
+            kept.append((tokens[:n_prompts], Where(where.mask[:n_prompts])))
         n_prompts -= len(tokens)
     return kept

@@ -19,14 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from sae_lens_e2e.evaluation.running import check_evaluable, inference, reconstruct
-from sae_lens_e2e.evaluation.sums import at_least_float32
+from sae_lens_e2e.evaluation.running import SplicedSAE, check_evaluable, in_prompts, inference
 from sae_lens_e2e.evaluation.tokens import Setting
-from sae_lens_e2e.splice import Splice, frozen, make_splice
-from sae_lens_e2e.splice.unembedding import Head, LinearHead, LogitsHead
+from sae_lens_e2e.splice import Clean, Replace, Site, SplicedModel, Unembedding, Where, check_sites
 from sae_lens_e2e.studies.agreement import agreement_pairs
 from sae_lens_e2e.studies.contrast import ContrastPair, PromptBatch, bos_tokens, prompt_batches, tokenize_pairs
-from sae_lens_e2e.training.step import StepPlan
 
 Ablation = Literal["mean", "position_mean", "zero"]
 _MODELS = ("original", "spliced", "baseline")
@@ -125,18 +122,17 @@ def faithfulness(
     n_pos = max(len(prompt.tokens) for _, prompts in tokenized for prompt in prompts)
     setting = Setting.of(sae, model, context_size=n_pos)
     bos = bos_tokens(model, setting.prepend_bos)
-    splice = make_splice(model, setting.hook_name, setting.hook_head_index, (), model_kwargs)
+    splice, site = SplicedModel(model, model_kwargs), setting.site
     if splice.n_ctx is not None and n_pos + len(bos) > splice.n_ctx:
         raise ValueError(
             f"pairs: a prompt has {n_pos + len(bos)} tokens, and the model takes {splice.n_ctx}; leave it out"
         )
-    plan = StepPlan(batch_size, setting.seqpos_slice, torch.tensor(setting.exclude_special_tokens, dtype=torch.long))
-    batches = prompt_batches(tokenized, bos, plan, next(model.parameters()).device)
-    splice.probe(batches[0].tokens[:1], sae.cfg.d_in)
-    with frozen(model), inference(sae):
-        baseline = _baseline(ablation, splice, batches, verbose)
+    batches = prompt_batches(tokenized, bos, setting.positions, batch_size, splice.device)
+    check_sites(splice, {"sae": site}, {"sae": sae.cfg.d_in})
+    with splice.running(), inference(sae):
+        baseline = _baseline(ablation, splice, site, sae.cfg.d_in, batches, verbose)
         bar = tqdm(batches, "Faithfulness", leave=False, disable=not verbose)
-        differences = torch.cat([_logit_differences(sae, splice, batch, baseline[batch.group]) for batch in bar])
+        differences = torch.cat([_logit_differences(sae, splice, site, batch, baseline[batch.group]) for batch in bar])
     if not bool(differences.isfinite().all()):
         raise ValueError("logit differences are not all finite; check the SAE's weights, or run the model in float32")
     pair_of = torch.cat([batch.pairs for batch in batches])
@@ -177,24 +173,11 @@ def faithfulness_frame(results: Mapping[str, Faithfulness]) -> pd.DataFrame:
 
 @torch.no_grad()
 def logit_difference(
-    head: Head, hidden: Float[Tensor, "prompts d_final"], choices: Int[Tensor, "prompts 2"]
+    unembedding: Unembedding, hidden: Float[Tensor, "prompts d_final"], choices: Int[Tensor, "prompts 2"]
 ) -> Float[Tensor, "prompts"]:
-    """log p(first) - log p(second) of two next tokens, in nats, from what the head takes.
-
-    In float32 or better. Of a linear head only the two tokens' columns are used.
-    """
-    if isinstance(head, LogitsHead):
-        all_logits = head.logits(hidden)
-        logits = at_least_float32(all_logits.gather(-1, choices.to(all_logits.device)))
-    else:
-        assert isinstance(head, LinearHead)
-        choices = choices.to(head.weight.device)
-        columns = at_least_float32(head.weight.T[choices])
-        logits = (columns @ hidden.to(columns)[..., None])[..., 0]
-        if head.bias is not None:
-            logits = logits + head.bias[choices]
-        if head.soft_cap is not None:
-            logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
+    """log p(first) - log p(second) of two next tokens, in nats, from what the unembedding takes; in float32 or better."""
+    all_logits = unembedding.logits(hidden)
+    logits = all_logits.gather(-1, choices.to(all_logits.device))
     return logits[:, 0] - logits[:, 1]
 
 
@@ -208,16 +191,16 @@ def _check_options(ablation: str, batch_size: int, minimum_gap: float, n_resampl
 
 
 def _baseline(
-    ablation: Ablation, splice: Splice, batches: Sequence[PromptBatch], verbose: bool
+    ablation: Ablation, splice: SplicedModel, site: Site, d_in: int, batches: Sequence[PromptBatch], verbose: bool
 ) -> dict[tuple[str, int], Float[Tensor, "*pos d_in"]]:
     """What takes the activation's place in each group of prompts: (d_in,), or (pos, d_in) where it depends on the position."""
     if ablation == "zero":
-        return {batch.group: torch.zeros(1) for batch in batches}
+        return {batch.group: torch.zeros(d_in) for batch in batches}
     sums: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], Tensor] = {}
     for batch in tqdm(batches, "Mean activation", leave=False, disable=not verbose):
-        x = splice.read(splice.clean(batch.tokens, stop_at_hook=True).activation)
-        replaced = batch.replaced.cpu()[..., None]
+        x = in_prompts(site, splice.clean(batch.tokens, [site], final=False).at[site.read])
+        replaced = batch.where.mask[..., None]
         # In float64, on the CPU for those accelerators that do not have it.
         sums[batch.group] = x.cpu().double().where(replaced, 0).sum(0) + sums.get(batch.group, 0)
         counts[batch.group] = replaced.sum(0) + counts.get(batch.group, 0)
@@ -228,20 +211,25 @@ def _baseline(
 
 
 def _logit_differences(
-    sae: SAE[Any], splice: Splice, batch: PromptBatch, baseline: Tensor
+    sae: SAE[Any], splice: SplicedModel, site: Site, batch: PromptBatch, baseline: Tensor
 ) -> Float[Tensor, "prompts 3"]:
     """Of each prompt, in the original model, with the SAE spliced in, and in the baseline."""
-    clean = splice.clean(batch.tokens)
+    ablated = batch.where.take(baseline.expand(*batch.tokens.shape, -1))
+
+    def last(clean: Clean, where: Where, function: Replace) -> Tensor:
+        final = splice.spliced(clean, where, {site: function}).final
+        assert final is not None
+        return final[:, -1]
+
+    clean = splice.clean(batch.tokens, [site])
     assert clean.final is not None
-    x = splice.read(clean.activation)
-    _, x_hat = reconstruct(sae, x)
-    replaced = batch.replaced.to(x.device)[..., None]
-    finals = [clean.final]
-    for replacement in (x_hat.to(x.dtype), baseline.to(x.device, x.dtype)):
-        activation = splice.write(clean.activation, torch.where(replaced, replacement, x))
-        finals.append(splice.spliced(clean, activation).final)
+    finals = [
+        clean.final[:, -1],
+        last(clean, Where.everywhere(batch.tokens), SplicedSAE(sae, site, batch.where)),
+        last(clean, batch.where, lambda _: {site.read: ablated}),
+    ]
     return torch.stack(
-        [logit_difference(splice.head, final[:, -1], batch.choices).cpu().double() for final in finals], dim=-1
+        [logit_difference(splice.unembedding, final, batch.choices).cpu().double() for final in finals], dim=-1
     )
 
 

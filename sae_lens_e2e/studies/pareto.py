@@ -13,17 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_lens_e2e.evaluation.measures import MEASURES
+
 HEADLINE = (("l0", "ce_loss_increase"), ("n_alive", "ce_loss_increase"), ("ce_loss_increase", "l0"))
 """The paper's comparisons: a measure, and what it is compared at equal values of."""
 
 FRONT = ("l0", "ce_loss_increase")
-_NOUNS = {
-    "l0": "L0",
-    "n_alive": "number of alive features",
-    "ce_loss_increase": "CE loss increase",
-    "kl": "KL divergence",
-}
-_UNITS = {"ce_loss_increase": " nats", "kl": " nats"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +170,7 @@ def sentence(comparison: Comparison) -> str:
     if found is None or found.ratio is None:
         return f"{other} and {baseline} cannot be compared in {measure} at equal {equal}: {comparison.reason}."
     article = "an" if equal.startswith(("L0", "a", "e", "i", "o")) else "a"
-    value = f"{found.value:.3g}{_UNITS.get(comparison.equal, '')}"
+    value = f"{found.value:.3g}{_unit(comparison.equal)}"
     return f"At {article} {equal} of {value}, {other} has {found.ratio:.2f} times the {measure} of {baseline}."
 
 
@@ -283,8 +278,12 @@ def _at_value(value: float, other: _Curve, baseline: _Curve) -> AtValue:
 
 
 def _noun(column: str) -> str:
-    return _NOUNS.get(column, column)
+    return MEASURES[column].in_a_sentence if column in MEASURES else column
+
+
+def _unit(column: str) -> str:
+    return f" {MEASURES[column].unit}" if column in MEASURES and MEASURES[column].unit else ""
 
 
 def _range(low: float, high: float, column: str) -> str:
-    return f"{_noun(column)} {low:.3g} to {high:.3g}{_UNITS.get(column, '')}"
+    return f"{_noun(column)} {low:.3g} to {high:.3g}{_unit(column)}"

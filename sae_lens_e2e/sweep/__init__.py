@@ -2,6 +2,5 @@
 
 from sae_lens_e2e.sweep.grid import Point, Sweep, read_sweep
 from sae_lens_e2e.sweep.run import failures, run_sweep
-from sae_lens_e2e.sweep.together import fit_together
 
-__all__ = ["Point", "Sweep", "failures", "fit_together", "read_sweep", "run_sweep"]
+__all__ = ["Point", "Sweep", "failures", "read_sweep", "run_sweep"]

@@ -12,7 +12,10 @@ from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.yaml_file import read_yaml
+
+AnyConfig = E2ERunnerConfig[Any] | E2EMultiRunnerConfig
 
 _SECTIONS = ("name", "base", "grid", "evaluation")
 _EVALUATION = ("batch_size_prompts", "max_tokens", "held_out")
@@ -27,7 +30,7 @@ class Point:
     settings: Mapping[str, Any]
     """As in the file, base and grid together."""
 
-    def config(self, folder: Path) -> E2ERunnerConfig[Any]:
+    def config(self, folder: Path) -> AnyConfig:
         """The run that trains it into `folder`. Raises ValueError, naming the field, for what cannot be honoured."""
         settings = {
             "logger": {"log_to_wandb": False},
@@ -36,7 +39,7 @@ class Point:
             "checkpoint_path": str(folder / "checkpoints"),
         }
         try:
-            return E2ERunnerConfig.from_dict(settings)
+            return (E2EMultiRunnerConfig if "saes" in settings else E2ERunnerConfig).from_dict(settings)
         except (ValueError, TypeError) as error:
             raise ValueError(f"point {self.name}: {' '.join(str(error).split())}") from error
 
@@ -112,15 +115,19 @@ def _name(chosen: Mapping[str, Any]) -> str:
 
 
 def _refuse_unknown_settings(settings: Mapping[str, Any]) -> None:
-    _refuse_unknown(settings, [f.name for f in fields(E2ERunnerConfig)], "setting")
+    several = "saes" in settings
+    _refuse_unknown(settings, [f.name for f in fields(E2EMultiRunnerConfig if several else E2ERunnerConfig)], "setting")
     _refuse_unknown(settings.get("logger") or {}, [f.name for f in fields(LoggingConfig)], "logger")
-    sae = settings.get("sae")
-    if not isinstance(sae, Mapping) or sae.get("architecture") not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"base: 'sae' needs an 'architecture', one of {', '.join(SAE_TRAINING_CLASS_REGISTRY)}, beside d_in and d_sae"
-        )
-    known = [f.name for f in fields(SAE_TRAINING_CLASS_REGISTRY[sae["architecture"]][1])]
-    _refuse_unknown(sae, [*known, "architecture"], "sae")
+    saes = settings["saes"] if several else {"sae": settings.get("sae")}
+    if not isinstance(saes, Mapping):
+        raise ValueError(f"base: saes={saes!r} is not a mapping of names to SAEs")
+    for name, sae in saes.items():
+        if not isinstance(sae, Mapping) or sae.get("architecture") not in SAE_TRAINING_CLASS_REGISTRY:
+            raise ValueError(
+                f"base: {name!r} needs an 'architecture', one of {', '.join(SAE_TRAINING_CLASS_REGISTRY)}, beside d_in and d_sae"
+            )
+        known = [f.name for f in fields(SAE_TRAINING_CLASS_REGISTRY[sae["architecture"]][1])]
+        _refuse_unknown(sae, [*known, "architecture"], name)
 
 
 def _refuse_unknown(found: Mapping[str, Any], known: Any, where: str) -> None:

@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,19 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens_e2e.evaluation import Evaluation, evaluate_many, evaluation_frame
 from sae_lens_e2e.evaluation.files import read_evaluation, write_evaluation
 from sae_lens_e2e.loading import load_documents, load_model, tokenised
-from sae_lens_e2e.output import check_writable, written_whole
-from sae_lens_e2e.splice import frozen, make_splice
-from sae_lens_e2e.sweep.grid import Sweep
-from sae_lens_e2e.sweep.together import Trainer, fit_together
-from sae_lens_e2e.training.config import E2ERunnerConfig
-from sae_lens_e2e.training.runner import E2ETrainingRunner, interrupting
-from sae_lens_e2e.training.step import PromptBatches
+from sae_lens_e2e.output import check_writable, write_whole, written_whole
+from sae_lens_e2e.splice import SplicedModel, device_of
+from sae_lens_e2e.sweep.grid import AnyConfig, Sweep
+from sae_lens_e2e.training.group import Group
+from sae_lens_e2e.training.loop import fit
+from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
+from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
+from sae_lens_e2e.training.prompts import PromptBatches, interrupting
+from sae_lens_e2e.training.runner import E2ETrainingRunner
+from sae_lens_e2e.training.statistics import ESTIMATED
+from sae_lens_e2e.training.trainer import Log
+
+AnyRunner = E2ETrainingRunner | E2EMultiTrainingRunner
 
 FAILURE_FILENAME = "failed.txt"
 RESULTS_FILENAME = "results.csv"
@@ -33,8 +39,8 @@ CHECKPOINTS = "checkpoints"
 
 # What tells apart runs that cannot share a clean pass, or not the same prompts in the same step.
 _SHARED = (
-    *("model_name", "model_class_name", "model_kwargs", "model_from_pretrained_kwargs", "hook_name", "hook_head_index"),
-    *("dataset_path", "dataset_trust_remote_code", "streaming", "is_dataset_tokenized", "context_size", "prepend_bos"),
+    *("model_name", "model_class_name", "model_kwargs", "model_from_pretrained_kwargs"),
+    *("dataset_path", "dataset_trust_remote_code", "streaming", "context_size", "prepend_bos"),
     *("disable_concat_sequences", "sequence_separator_token", "use_chat_formatting", "exclude_special_tokens"),
     *("seqpos_slice", "store_batch_size_prompts", "train_batch_size_tokens", "max_grad_norm", "autocast_lm"),
     *("device", "llm_device", "act_store_device", "dtype", "n_batches_for_norm_estimate"),
@@ -56,11 +62,11 @@ def run_sweep(sweep: Sweep, output: str | Path, *, together: int | None = None) 
     configs = {point.name: point.config(output / point.name) for point in sweep.points}
     for name, cfg in configs.items():
         _check_same(output / name, cfg)
-    todo = {name: cfg for name, cfg in configs.items() if not _is_finished(output / name)}
+    todo = {name: cfg for name, cfg in configs.items() if not _is_finished(output, name, cfg)}
     logger.info(f"{len(configs) - len(todo)} of {len(configs)} points are finished")
     for group in groups(todo, together):
         _run_group(sweep, output, {name: configs[name] for name in group})
-    results = read_results(output, list(configs))
+    results = read_results(output, [sae for name, cfg in configs.items() for sae in saes_of(name, cfg)])
     frame = evaluation_frame(results)
     if results:
         with written_whole(output) as partial:
@@ -69,17 +75,25 @@ def run_sweep(sweep: Sweep, output: str | Path, *, together: int | None = None) 
     return frame
 
 
-def groups(configs: Mapping[str, E2ERunnerConfig[Any]], together: int | None = None) -> list[list[str]]:
-    """The names of the runs that can be trained together, at most `together` in each list."""
+def groups(configs: Mapping[str, AnyConfig], together: int | None = None) -> list[list[str]]:
+    """The names of the runs that can be trained together, at most `together` in each list: on one clean pass, wherever they sit."""
     if together is not None and together < 1:
         raise ValueError(f"together={together} must be at least 1")
     by_key: dict[str, list[str]] = {}
     for name, cfg in configs.items():
-        normalization = cfg.sae.normalize_activations
-        key = json.dumps([*(getattr(cfg, name) for name in _SHARED), normalization], default=str)
+        key = json.dumps([*(getattr(cfg, name) for name in _SHARED), _estimates(cfg)], default=str)
         by_key.setdefault(key, []).append(name)
     size = together or max(len(configs), 1)
     return [names[i : i + size] for names in by_key.values() for i in range(0, len(names), size)]
+
+
+def _estimates(cfg: AnyConfig) -> list[Any]:
+    """What is estimated of activations first, and where: it is read from the data, and moves them on."""
+    several = isinstance(cfg, E2EMultiRunnerConfig)
+    saes = cfg.saes if several else {"sae": cfg.sae}
+    hooks = cfg.hook_names_per_sae if several else {"sae": cfg.hook_name}
+    found = {name: sae.normalize_activations for name, sae in saes.items() if sae.normalize_activations in ESTIMATED}
+    return [[hooks[name], normalize] for name, normalize in found.items()]
 
 
 def read_results(output: str | Path, names: Sequence[str]) -> dict[str, Evaluation]:
@@ -94,12 +108,11 @@ def failures(output: str | Path, names: Sequence[str]) -> dict[str, str]:
     return {name: file.read_text().strip() for name, file in files.items() if file.is_file()}
 
 
-def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, E2ERunnerConfig[Any]]) -> None:
+def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, AnyConfig]) -> None:
     def fail(name: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         logger.error(f"point {name} failed: {message}")
-        (output / name).mkdir(parents=True, exist_ok=True)
-        (output / name / FAILURE_FILENAME).write_text(message + "\n")
+        write_whole(output / name / FAILURE_FILENAME, message + "\n")
 
     for name in configs:
         (output / name / FAILURE_FILENAME).unlink(missing_ok=True)
@@ -109,22 +122,30 @@ def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, E2ERunnerConfig
         for name in configs:
             fail(name, error)
         return
-    runners: dict[str, E2ETrainingRunner] = {}
-    trained = [name for name in configs if _is_trained(output / name)]
+    runners: dict[str, AnyRunner] = {}
+    trained = [name for name, cfg in configs.items() if _is_trained(output, name, cfg)]
+    splice = SplicedModel(model, next(iter(configs.values())).model_kwargs)
     for name, cfg in configs.items():
         if name in trained:
             continue
         try:
-            runners[name] = E2ETrainingRunner(_without_wandb(cfg), override_dataset=prompts, override_model=model)
+            runners[name] = runner_of(_without_wandb(cfg), prompts, model, splice)
         except (OSError, ValueError, TypeError) as error:
             fail(name, error)
     with _wandb_runs(sweep.name, {name: configs[name] for name in runners}) as wandb_runs:
         if runners:
-            trained += _train_group(runners, wandb_runs, fail)
-        _evaluate_group(sweep, output, trained, model, held_out, wandb_runs, fail)
+            trained += _train_group(splice, runners, wandb_runs, fail)
+        _evaluate_group(sweep, output, {name: configs[name] for name in trained}, model, held_out, wandb_runs, fail)
 
 
-def _model_and_data(sweep: Sweep, cfg: E2ERunnerConfig[Any]) -> tuple[Any, Any, Any]:
+def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel) -> AnyRunner:
+    """The runner of a point, of one SAE or of several."""
+    if isinstance(cfg, E2EMultiRunnerConfig):
+        return E2EMultiTrainingRunner(cfg, override_dataset=dataset, override_model=model, splice=splice)
+    return E2ETrainingRunner(cfg, override_dataset=dataset, override_model=model, splice=splice)
+
+
+def _model_and_data(sweep: Sweep, cfg: AnyConfig) -> tuple[Any, Any, Any]:
     assert cfg.llm_device is not None
     model = load_model(cfg.model_name, cfg.llm_device, cfg.model_class_name, cfg.model_from_pretrained_kwargs)
     kept = {"held_out": sweep.evaluation["held_out"]} if "held_out" in sweep.evaluation else {}
@@ -132,90 +153,91 @@ def _model_and_data(sweep: Sweep, cfg: E2ERunnerConfig[Any]) -> tuple[Any, Any, 
     return model, *(tokenised(part, model, cfg.context_size) for part in (documents, held_out))
 
 
-def _train_group(runners: Mapping[str, E2ETrainingRunner], wandb_runs: Mapping[str, Any], fail: Any) -> list[str]:
+def _train_group(
+    splice: SplicedModel,
+    runners: Mapping[str, AnyRunner],
+    wandb_runs: Mapping[str, Any],
+    fail: Callable[[str, Exception], None],
+) -> list[str]:
     """Train the runners' SAEs together, save those that end, and give their names."""
     leader = next(iter(runners.values()))
-    hooks = dict.fromkeys(hook for runner in runners.values() for hook in runner.objective.hooks)
-    splice = make_splice(
-        leader.model, leader.cfg.hook_name, leader.cfg.hook_head_index, tuple(hooks), leader.cfg.model_kwargs
-    )
-    for runner in runners.values():
-        # One splice for all, so that its clean pass is; one store, so that each checkpoint knows how far it was read.
-        runner.splice, runner.activations_store = splice, leader.activations_store
-    trainers = {name: runner.make_trainer() for name, runner in runners.items()}
-    resume(runners, trainers)
     batches = PromptBatches(leader.activations_store, leader.cfg.prompts_per_step)
-    ended = []
+    names: dict[Group, str] = {}
+    for name, runner in runners.items():
+        # One store for all, so that each checkpoint knows how far it was read.
+        runner.activations_store = leader.activations_store
+        names[runner.make_group(batches, _logging_to(wandb_runs.get(name)))] = name
+    resume(leader, list(names))
+    ended: list[str] = []
 
-    def save(name: str, trainer: Trainer) -> None:
-        runner = runners[name]
-        assert runner.cfg.output_path is not None
-        try:
-            runner.save_final_sae(trainer.sae, runner.cfg.output_path, trainer.log_feature_sparsity, trainer.history)
-        except OSError as error:
-            fail(name, error)
-            return
-        for row in trainer.history if name in wandb_runs else ():
-            wandb_runs[name].log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+    def save(group: Group) -> None:
+        runner = runners[names[group]]
+        runner.save_outputs(group)
         if runner.cfg.n_checkpoints == 0:
-            shutil.rmtree(Path(runner.cfg.output_path) / CHECKPOINTS, ignore_errors=True)
-        ended.append(name)
+            shutil.rmtree(Path(str(runner.cfg.output_path)) / CHECKPOINTS, ignore_errors=True)
+        ended.append(names[group])
 
-    with frozen(leader.model), interrupting(batches):
-        fit_together(trainers, batches, save, fail)
+    with splice.running(), interrupting(batches):
+        fit(splice, list(names), batches, leader.make_plan(), save, lambda group, error: fail(names[group], error))
     return ended
 
 
-def resume(runners: Mapping[str, E2ETrainingRunner], trainers: Mapping[str, Trainer]) -> None:
+def _logging_to(wandb_run: Any) -> Log | None:
+    if wandb_run is None:
+        return None
+    return lambda figures, step: wandb_run.log(figures, step=step)
+
+
+def resume(leader: AnyRunner, groups: Sequence[Group]) -> None:
     """Take up training where all of the points have a checkpoint, the latest if there are several, or leave it at the start."""
-    saved = [{int(path.name) for path in _checkpoints(runner)} for runner in runners.values()]
-    common = set.intersection(*saved)
+    folders = [Path(str(group.first.cfg.checkpoint_path)) for group in groups]
+    common = set.intersection(*({int(path.name) for path in _checkpoints(folder)} for folder in folders))
     if not common:
         return
-    checkpoints = {name: f"{runner.cfg.checkpoint_path}/{max(common)}" for name, runner in runners.items()}
-    for name, path in checkpoints.items():
-        trainers[name].load_trainer_state(path)
-        trainers[name].sae.load_weights_from_checkpoint(path)
-    next(iter(runners.values())).activations_store.load_from_checkpoint(next(iter(checkpoints.values())))
+    checkpoints = [folder / str(max(common)) for folder in folders]
+    for group, path in zip(groups, checkpoints, strict=True):
+        group.load_checkpoint(path)
+    leader.activations_store.load_from_checkpoint(checkpoints[0])
     logger.info(f"going on after {max(common)} tokens")
 
 
-def _checkpoints(runner: E2ETrainingRunner) -> Iterator[Path]:
-    folder = Path(str(runner.cfg.checkpoint_path))
+def _checkpoints(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("*") if path.name.isdigit())
 
 
 def _evaluate_group(
     sweep: Sweep,
     output: Path,
-    names: Sequence[str],
+    configs: Mapping[str, AnyConfig],
     model: Any,
     held_out: Any,
     wandb_runs: Mapping[str, Any],
-    fail: Any,
+    fail: Callable[[str, Exception], None],
 ) -> None:
     """Evaluate what was saved, as anyone would load it, on the held-out documents."""
     options = {key: value for key, value in sweep.evaluation.items() if key != "held_out"}
-    saes = {name: SAE.load_from_disk(output / name, device=str(model_device(model))) for name in names}
+    points = {sae: name for name, cfg in configs.items() for sae in saes_of(name, cfg)}
+    saes = {sae: SAE.load_from_disk(output / sae, device=str(device_of(model))) for sae in points}
     try:
         results = evaluate_many(saes, model, held_out, **options) if saes else {}
     except (ValueError, TypeError) as error:
-        for name in names:
+        for name in configs:
             fail(name, error)
         return
-    for name, result in results.items():
-        write_evaluation(result, output / name)
-        if name in wandb_runs:
+    for sae, result in results.items():
+        write_evaluation(result, output / sae)
+        if (run := wandb_runs.get(points[sae])) is not None:
+            prefix = sae.removeprefix(points[sae]).removeprefix("/")
             scalars = {k: v for k, v in result.to_dict().items() if isinstance(v, (int, float))}
-            wandb_runs[name].summary.update({f"evaluation/{key}": value for key, value in scalars.items()})
+            run.summary.update({f"{prefix}/evaluation/{key}".lstrip("/"): value for key, value in scalars.items()})
 
 
-def model_device(model: Any) -> Any:
-    """Where a language model's weights are."""
-    return next(model.parameters()).device
+def saes_of(name: str, cfg: AnyConfig) -> list[str]:
+    """The SAEs of a point: one by the point's own name, or several by theirs inside its folder."""
+    return [f"{name}/{sae}" for sae in cfg.saes] if isinstance(cfg, E2EMultiRunnerConfig) else [name]
 
 
-def _without_wandb(cfg: E2ERunnerConfig[Any]) -> E2ERunnerConfig[Any]:
+def _without_wandb(cfg: AnyConfig) -> AnyConfig:
     """SAELens logs to the one global run; the points of a sweep have a run each."""
     quiet = copy.copy(cfg)
     quiet.logger = replace(cfg.logger, log_to_wandb=False)
@@ -223,7 +245,7 @@ def _without_wandb(cfg: E2ERunnerConfig[Any]) -> E2ERunnerConfig[Any]:
 
 
 @contextmanager
-def _wandb_runs(group: str, configs: Mapping[str, E2ERunnerConfig[Any]]) -> Iterator[dict[str, Any]]:
+def _wandb_runs(group: str, configs: Mapping[str, AnyConfig]) -> Iterator[dict[str, Any]]:
     runs = {
         name: wandb.init(
             project=cfg.logger.wandb_project,
@@ -243,24 +265,30 @@ def _wandb_runs(group: str, configs: Mapping[str, E2ERunnerConfig[Any]]) -> Iter
             run.finish()
 
 
-def _is_finished(folder: Path) -> bool:
-    return read_evaluation(folder) is not None
+def _is_finished(output: Path, name: str, cfg: AnyConfig) -> bool:
+    return all(read_evaluation(output / sae) is not None for sae in saes_of(name, cfg))
 
 
-def _is_trained(folder: Path) -> bool:
-    return all((folder / file).is_file() for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, RUNNER_CFG_FILENAME))
+def _is_trained(output: Path, name: str, cfg: AnyConfig) -> bool:
+    saes = [output / sae / file for sae in saes_of(name, cfg) for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)]
+    return all(file.is_file() for file in (*saes, output / name / RUNNER_CFG_FILENAME))
 
 
-def _check_same(folder: Path, cfg: E2ERunnerConfig[Any]) -> None:
+def _check_same(folder: Path, cfg: AnyConfig) -> None:
     """Raises ValueError if the folder holds a run, or part of one, with other settings."""
     ours = json.loads(json.dumps(cfg.to_dict(), default=str))
     for file in (folder / RUNNER_CFG_FILENAME, *folder.glob(f"{CHECKPOINTS}/*/{RUNNER_CFG_FILENAME}")):
         theirs = json.loads(file.read_text()) if file.is_file() else ours
         for key in sorted(ours.keys() - set(_VOLATILE)):
-            now, then = ours[key], theirs.get(key)
-            if key == "sae":
-                now, then = ({k: v for k, v in part.items() if k != "metadata"} for part in (now, then or {}))
+            now, then = (_without_metadata(part) for part in (ours[key], theirs.get(key)))
             if now != then:
                 raise ValueError(
                     f"{folder} holds a run with other settings ({key}: {then!r}, now {now!r}); choose another output folder"
                 )
+
+
+def _without_metadata(value: Any) -> Any:
+    """A setting without what SAELens records in an SAE's config as it goes."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_metadata(part) for key, part in value.items() if key != "metadata"}

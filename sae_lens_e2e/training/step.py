@@ -1,72 +1,73 @@
-"""What goes into one optimizer step, and what comes out of it."""
+"""One optimizer step of any number of groups on the same prompts, with one clean pass for them all."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Bool, Float, Int
-from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.activations_store import ActivationsStore
+from jaxtyping import Int
 from torch import Tensor
 
+from sae_lens_e2e.splice import SplicedModel
+from sae_lens_e2e.training.clock import Clock
+from sae_lens_e2e.training.plan import StepPlan
 
-class PromptBatches(Iterator[Tensor]):
-    """Whole prompts for one optimizer step at a time, (prompts, context_size), from SAELens' activation store."""
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-    def __init__(self, store: ActivationsStore, prompts_per_step: int):
-        self.store = store
-        self.prompts_per_step = prompts_per_step
-        self.interrupted = False
+    from sae_lens_e2e.training.group import Group
 
-    def __next__(self) -> Int[Tensor, "prompts pos"]:
-        # Here, between two steps, nothing is half done: an interruption waits for it.
-        if self.interrupted:
-            raise InterruptedException
-        return self.store.get_batch_tokens(self.prompts_per_step)
+OnFailure = Callable[["Group", Exception], None]
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """How the tokens of one optimizer step are worked through."""
-
-    prompts_per_forward: int
-    seqpos_slice: tuple[int | None, ...] = (None,)
-    excluded_tokens: Int[Tensor, "n_excluded"] | None = None
-    max_grad_norm: float = 1.0
-    autocast_lm: bool = False
-
-    def trained_positions(self, tokens: Int[Tensor, "prompts pos"]) -> Bool[Tensor, "prompts pos"]:
-        """Which positions the SAE replaces and is trained on: inside the slice, and not an excluded token."""
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        mask[:, slice(*self.seqpos_slice)] = True
-        if self.excluded_tokens is not None:
-            mask &= ~torch.isin(tokens, self.excluded_tokens.to(tokens.device))
-        return mask
+def reraise(_group: "Group", error: Exception) -> None:
+    """What a group's failure means where there is nothing else to go on with."""
+    raise error
 
 
-@dataclass
-class StepOutput(TrainStepOutput):
-    """SAELens' record of a step: losses added up over its forward passes, activations of the last one.
+def step(
+    model: SplicedModel,
+    groups: "Sequence[Group]",
+    prompts: Int[Tensor, "prompts pos"],
+    plan: StepPlan,
+    on_failure: OnFailure = reraise,
+) -> "list[Group]":
+    """The gradient of each group's loss, the mean over all trained tokens of `prompts`; clipped, checked and applied once.
 
-    `losses` holds the objective's terms before their coefficients, which are in `coefficients`, and the architecture's own
-    as SAELens has them; `parts` what the terms are made of. `firing` counts the tokens on which each feature fired.
+    The prompts are worked through in micro-batches, each weighed by its share of the trained tokens. A group that raises is given
+    to `on_failure` and does not stop the others. Returns the groups whose step stands. Raises ValueError if no token of
+    the prompts is trained on.
     """
+    where = plan.positions.of(prompts)
+    if where.n == 0:
+        raise ValueError("exclude_special_tokens leaves no token to train on in a whole batch; exclude fewer")
+    live = list(groups)
 
-    coefficients: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    firing: Float[Tensor, "d_sae"] = field(default_factory=lambda: torch.empty(0))
-    n_tokens: int = 0
+    @contextmanager
+    def guarded(group: "Group") -> "Iterator[None]":
+        try:
+            with group.clock:
+                yield
+        except Exception as error:
+            live.remove(group)
+            on_failure(group, error)
 
-    def plus(self, earlier: "StepOutput | None") -> "StepOutput":
-        """The two passes' losses and counts together, with this one's activations."""
-        if earlier is None:
-            return self
-        return replace(
-            self,
-            loss=self.loss + earlier.loss,
-            losses={name: value + earlier.losses[name] for name, value in self.losses.items()},
-            parts={name: value + earlier.parts[name] for name, value in self.parts.items()},
-            firing=self.firing + earlier.firing,
-            n_tokens=self.n_tokens + earlier.n_tokens,
-        )
+    for group in groups:
+        group.begin_step()
+    final = any(group.objective.compares_logits for group in groups)
+    sites = {site for group in groups for site in group.sites.values()}
+    hooks = list(dict.fromkeys(hook for group in groups for hook in group.objective.hooks))
+    size, shared_clock = plan.prompts_per_forward, Clock(model.device)
+    for tokens, micro in zip(prompts.split(size), where.split(size), strict=True):
+        if micro.n == 0:
+            continue
+        with shared_clock, plan.lm_autocast(model.device):
+            clean = model.clean(tokens, sites, hooks, final)
+        for group in list(live):
+            with guarded(group):
+                group.forward_backward(clean, micro, micro.n / where.n, where.n_labels / where.n)
+    for group in list(live):
+        with guarded(group):
+            group.end_step()
+    for group in live:
+        group.clock.add(shared_clock)
+    return live

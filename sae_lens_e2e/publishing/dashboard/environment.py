@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import venv
 from pathlib import Path
 
 from sae_lens import logger
+
+from sae_lens_e2e.output import written_whole
 
 VERSION = "0.8.0"
 """Of SAEDashboard (PyPI `sae-dashboard`): the one that our driver is written for."""
@@ -59,26 +60,23 @@ def own_environment() -> Path:
 
 
 def _make(home: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{home.name}-", dir=home.parent) as folder:
-        partial = Path(folder) / "environment"
-        try:
-            venv.create(partial, symlinks=os.name != "nt", with_pip=True)
-            _pip_install(_interpreter(partial), "-r", str(REQUIREMENTS))
-            _pip_install(_interpreter(partial), "--no-deps", f"sae-dashboard=={VERSION}")
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr or error.stdout or b"").decode(errors="replace").strip().splitlines()
-            raise ChildProcessError(
-                f"cannot make an environment for SAEDashboard: {said[-1] if said else error}; make one yourself with `pip "
-                f"install -r {REQUIREMENTS}` and `pip install --no-deps sae-dashboard=={VERSION}`, and pass its python"
-            ) from error
-        try:
-            # Only the programs beside the interpreter know where it was made, and they are not used.
-            os.replace(partial, home)
-        except OSError:
-            # Somebody else was making it too, and was first.
-            if not _interpreter(home).exists():
-                raise
+    try:
+        # Only the programs beside the interpreter know where it was made, and they are not used.
+        with written_whole(home.parent) as partial:
+            venv.create(partial / home.name, symlinks=os.name != "nt", with_pip=True)
+            python = _interpreter(partial / home.name)
+            _pip_install(python, "-r", str(REQUIREMENTS))
+            _pip_install(python, "--no-deps", f"sae-dashboard=={VERSION}")
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout or b"").decode(errors="replace").strip().splitlines()
+        raise ChildProcessError(
+            f"cannot make an environment for SAEDashboard: {said[-1] if said else error}; make one yourself with `pip "
+            f"install -r {REQUIREMENTS}` and `pip install --no-deps sae-dashboard=={VERSION}`, and pass its python"
+        ) from error
+    except OSError:
+        # Somebody else was making it too, and was first.
+        if not _interpreter(home).exists():
+            raise
 
 
 def _pip_install(python: Path, *arguments: str) -> None:

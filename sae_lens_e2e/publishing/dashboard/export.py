@@ -1,16 +1,14 @@
-"""Hand a language model and its tokens to older versions of the libraries, in files that those can read."""
+"""Hand a language model to older versions of the libraries, in files that those can read."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from safetensors.torch import save_file
-from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from sae_lens_e2e.splice import frozen, make_splice
+from sae_lens_e2e.splice import SplicedModel
 
 
 def export_model(model: HookedTransformer, folder: Path, hook_name: str, context_size: int) -> None:
@@ -26,8 +24,10 @@ def export_model(model: HookedTransformer, folder: Path, hook_name: str, context
             "HookedTransformer(cfg, tokenizer=PreTrainedTokenizerFast(...))"
         )
     tokens = (torch.arange(context_size) % model.cfg.d_vocab)[None]
-    with frozen(model):
-        activation = make_splice(model, hook_name).clean(tokens, stop_at_hook=True).activation
+    splice = SplicedModel(model)
+    splice.check_hook(hook_name)
+    with splice.running():
+        activation = splice.clean(tokens.to(splice.device), hooks=[hook_name], final=False).at[hook_name]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(_settings(model.cfg), indent=1))
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -38,11 +38,6 @@ def export_model(model: HookedTransformer, folder: Path, hook_name: str, context
     weights = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in model.named_parameters()}
     save_file(weights, folder / "model.safetensors")
     save_file({"tokens": tokens, "activation": activation.cpu().contiguous()}, folder / "activation.safetensors")
-
-
-def export_tokens(tokens: Int[Tensor, "prompts pos"], path: Path) -> None:
-    """Write tokens as a safetensors file, under the name `tokens`."""
-    save_file({"tokens": tokens.contiguous()}, path)
 
 
 def _settings(cfg: HookedTransformerConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from sae_lens_e2e.publishing.dashboard.driver import ERROR, JOB, MODEL, OUTPUTS,
 from sae_lens_e2e.publishing.dashboard.environment import checked_python, own_python
 from sae_lens_e2e.publishing.dashboard.export import export_model
 from sae_lens_e2e.publishing.neuronpedia import REQUIRED
-from sae_lens_e2e.splice import make_splice
+from sae_lens_e2e.splice import SplicedModel, check_sites
 
 RECORD = "dashboard.json"
 """What was asked of SAEDashboard, and of which SAE; also what tells a folder of ours."""
@@ -126,14 +126,15 @@ def make_dashboard(
         written = list(working.glob(f"{OUTPUTS}/**/batch-*.json"))
         if len(written) != math.ceil(n_shown / n_features_at_a_time):
             raise ChildProcessError(f"SAEDashboard ended without an error, but wrote {len(written)} files only")
-        for stale in Path(output).glob("batch-*.json"):
-            stale.unlink()
         for batch in written:
-            os.replace(batch, partial / batch.name)
+            batch.replace(partial / batch.name)
         asked = {name: value for name, value in runner.items() if name not in ("sae_path", "outputs_dir")}
         asked |= {"n_features": n_shown, **metadata.to_dict()}
         (partial / RECORD).write_text(json.dumps(asked, indent=1))
-    return sorted(Path(output).glob("batch-*.json"), key=_number)
+    batches = [Path(output) / batch.name for batch in written]
+    for stale in set(Path(output).glob("batch-*.json")).difference(batches):
+        stale.unlink()
+    return sorted(batches, key=_number)
 
 
 def load_shown_sae(folder: str | Path, needs_dataset_path: bool = True) -> SAE[Any]:
@@ -232,8 +233,9 @@ def _check_source(sae: SAE[Any], model: HookedTransformer | None, dataset: HfDat
         return
     if not isinstance(model, HookedTransformer):
         raise ValueError(f"model is a {type(model).__name__}, and SAEDashboard runs a HookedTransformer")
-    Setting.of(sae, model).check_positions(model.cfg.n_ctx)
-    make_splice(model, metadata.hook_name).probe(torch.zeros(1, 2, dtype=torch.long), sae.cfg.d_in)
+    setting, splice = Setting.of(sae, model), SplicedModel(model)
+    setting.check(splice.n_ctx)
+    check_sites(splice, {"sae": setting.site}, {"sae": sae.cfg.d_in})
 
 
 def _check_positive(**counts: int | None) -> None:

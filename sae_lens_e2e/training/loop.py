@@ -1,0 +1,69 @@
+"""The one training loop: a run is one group, a sweep is many on one clean pass, a joint run is a group of many SAEs."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from sae_lens_e2e._upstream import InterruptedException
+from sae_lens_e2e.splice import SplicedModel
+from sae_lens_e2e.training.plan import StepPlan
+from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.statistics import estimate_statistics
+from sae_lens_e2e.training.step import OnFailure, reraise, step
+
+if TYPE_CHECKING:
+    from sae_lens_e2e.training.group import Group
+
+
+def fit(
+    model: SplicedModel,
+    groups: "Sequence[Group]",
+    batches: PromptBatches,
+    plan: StepPlan,
+    on_end: "Callable[[Group], None]" = lambda _: None,
+    on_failure: OnFailure = reraise,
+) -> None:
+    """Train each group to its own end, in step with the others, on the same prompts.
+
+    Around each step it does what SAELens' `fit` does: sparsity log, log, evaluation, checkpoint. `on_end` is called as soon as
+    a group has finished, `on_failure` for one that raised, which leaves the others be. When `batches` is interrupted, those that
+    still train write a checkpoint, and the interruption is raised.
+    """
+    estimate_statistics(model, groups, batches, plan)
+    running = list(groups)
+    tokens_per_step = groups[0].first.cfg.train_batch_size_samples
+    longest = max(group.first.cfg.total_training_samples for group in groups)
+    done = max(group.first.n_training_samples for group in groups)
+    n_saes = sum(len(group.trainers) for group in groups)
+    with tqdm(
+        total=longest, initial=done, desc=f"Training {n_saes} SAE{'s' * (n_saes > 1)}", unit="token", unit_scale=True
+    ) as progress:
+        while running:
+            running = [group for group in running if not _finished(group, on_end, on_failure)]
+            if not running:
+                break
+            try:
+                prompts = next(batches)
+            except InterruptedException:
+                for group in running:
+                    group.save_checkpoint(str(group.first.n_training_samples))
+                raise
+            for group in running:
+                for trainer in group.trainers.values():
+                    trainer.log_sparsity()
+            running = step(model, running, prompts, plan, on_failure)
+            for group in running:
+                group.log_step()
+            progress.update(tokens_per_step)
+
+
+def _finished(group: "Group", on_end: "Callable[[Group], None]", on_failure: OnFailure) -> bool:
+    if not group.is_done:
+        return False
+    try:
+        group.finish()
+        on_end(group)
+    except Exception as error:
+        on_failure(group, error)
+    return True

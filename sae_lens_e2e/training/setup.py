@@ -1,0 +1,149 @@
+"""What the runners of one SAE and of several have in common: the model, the objective, metadata, saving."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import wandb
+from sae_lens import logger
+from sae_lens.constants import TRAINER_STATE_FILENAME
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.util import extract_layer_from_tlens_hook_name
+
+from sae_lens_e2e._upstream import InterruptedException
+from sae_lens_e2e.objectives import Objective
+from sae_lens_e2e.splice import Site, SplicedModel, check_sites, excluded
+from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
+from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, knows_hooked_transformer, load_bridge
+from sae_lens_e2e.splice.positions import Positions
+from sae_lens_e2e.training.group import Group
+from sae_lens_e2e.training.plan import StepPlan
+from sae_lens_e2e.training.prompts import PromptBatches, interrupting
+
+# Of an SAE and the runner config's `sae`: what the runner sets, and how a new SAE starts.
+_MAY_DIFFER = ("metadata", "device", "decoder_init_norm", "jumprelu_init_threshold")
+
+
+def bridge_of(cfg: Any, override_model: Any) -> Any:
+    """The model to train on where SAELens cannot load it itself, which is a bridge; else what was given, or None."""
+    if override_model is not None or cfg.model_class_name != BRIDGE:
+        return override_model
+    return load_bridge(cfg.model_name, cfg.llm_device, cfg.model_from_pretrained_kwargs)
+
+
+@contextmanager
+def without_override_warning(overridden: bool) -> Iterator[None]:
+    """Keep SAELens from saying that a model it was given cannot be had from the config, where it can."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "model" not in record.getMessage()
+
+    if overridden:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def resolved_objective(cfg: Any, model: SplicedModel, sites: Mapping[str, Site]) -> Objective:
+    """The config's objective, with the hooks that it leaves to the model: those after the last SAE.
+
+    Raises ValueError for a hook that the model does not have.
+    """
+    assert isinstance(cfg.objective, Objective)
+    for site in sites.values():
+        for hook in (site.read, *site.writes):
+            model.check_hook(hook)
+    last = model.in_order(sites.values())[-1].writes[-1] if len(sites) > 1 else next(iter(sites.values())).writes[-1]
+    return cfg.objective.resolve(model.later_blocks(last), last)
+
+
+def check_fits(
+    cfg: Any, model: SplicedModel, store: Any, sites: Mapping[str, Site], saes: Mapping[str, Any], objective: Objective
+) -> None:
+    """Raise ValueError, naming the field, for whatever does not fit the model: context, data, SAEs and compared hooks."""
+    n_ctx = model.n_ctx
+    if n_ctx is not None and cfg.context_size > n_ctx:
+        raise ValueError(
+            f"context_size={cfg.context_size} is longer than the model's, {n_ctx}; set it to {n_ctx} or less"
+        )
+    if not store.is_dataset_tokenized and getattr(model.model, "tokenizer", None) is None:
+        raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
+    check_sites(model, sites, {name: sae.cfg.d_in for name, sae in saes.items()}, objective.hooks)
+
+
+def check_given_sae(sae: Any, given_as: str, wanted_cfg: Any) -> None:
+    """SAELens trains the SAE it is given and looks at the config's no more: refuse one that says otherwise."""
+    if not isinstance(sae, TrainingSAE):
+        raise TypeError(f"{given_as} is a {type(sae).__name__}, for inference only; pass training_sae_from(...) of it")
+    wanted, given = wanted_cfg.to_dict(), sae.cfg.to_dict()
+    for name in sorted(wanted.keys() | given.keys()):
+        if name not in _MAY_DIFFER and wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"sae.{name}={wanted.get(name)!r}, but the SAE given as {given_as} has {given.get(name)!r}, which is what would "
+                "be trained with; give the config that SAE's own cfg as sae"
+            )
+
+
+def check_resume(path: str | None, names: list[str]) -> None:
+    """Raise FileNotFoundError if `path` is no checkpoint: of one SAE, or, where there are several `names`, of all."""
+    if path is None:
+        return
+    folders = [Path(path)] if len(names) == 1 else [Path(path) / name for name in names]
+    for folder in folders:
+        if not (folder / TRAINER_STATE_FILENAME).is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={str(folder)!r} is not a checkpoint: it has no {TRAINER_STATE_FILENAME}"
+            )
+
+
+def step_plan(cfg: Any, store: Any) -> StepPlan:
+    """How a run works through the tokens of a step."""
+    positions = Positions(tuple(cfg.seqpos_slice), excluded(store.exclude_special_tokens))
+    return StepPlan(cfg.store_batch_size_prompts, positions, cfg.max_grad_norm, cfg.autocast_lm)
+
+
+def complete_metadata(sae: SAE[Any], cfg: Any, model: SplicedModel, objective: Objective) -> None:
+    """Add to what SAELens writes into an SAE's metadata: its layer, the objective, and a model that others can load."""
+    metadata = sae.cfg.metadata
+    if is_bridge(model.model):
+        # SAELens and SAEDashboard load no bridge; where a HookedTransformer computes the same, name that.
+        hook = hooked_transformer_hook(model.model, metadata.hook_name)
+        if hook is not None and knows_hooked_transformer(cfg.model_name):
+            metadata.model_class_name, metadata.hook_name = "HookedTransformer", hook
+            metadata.model_from_pretrained_kwargs = {"center_writing_weights": False}
+        else:
+            metadata.model_class_name = BRIDGE
+    metadata.hook_layer = extract_layer_from_tlens_hook_name(metadata.hook_name)
+    metadata.objective = json.loads(json.dumps(objective.to_dict()))
+
+
+def start_wandb(cfg: Any) -> None:
+    """Start the run that SAELens logs to, if it does."""
+    if cfg.logger.log_to_wandb:
+        wandb.init(
+            project=cfg.logger.wandb_project,
+            entity=cfg.logger.wandb_entity,
+            config=cfg.to_dict(),
+            name=cfg.logger.run_name,
+            id=cfg.logger.wandb_id,
+        )
+
+
+def fit_interruptibly(group: Group) -> None:
+    """Train; on Ctrl-C or SIGTERM finish the step, write a checkpoint that can be resumed from, and raise."""
+    assert isinstance(group.first.data_provider, PromptBatches)
+    with interrupting(group.first.data_provider):
+        try:
+            group.fit()
+        except InterruptedException:
+            path = group.first.cfg.checkpoint_path
+            if path is not None:
+                logger.warning(
+                    f"interrupted; to go on, set resume_from_checkpoint to {path}/{group.first.n_training_samples}"
+                )
+            raise
