@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-dashboard lint benchmark clean
+.PHONY: demo test test-long test-dashboard lint benchmark clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,8 +17,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# A process a core, each of one thread.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Runs killed some hundred times and started again, with a table of how it went: a quarter of an hour or more.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long tests/reliability
 
 # SAEDashboard itself, in an environment that is made for it once: some minutes and 2 GB.
 test-dashboard: $(INSTALLED)

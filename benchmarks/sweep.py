@@ -18,7 +18,7 @@ from sae_lens import SAE
 
 from sae_lens_e2e import E2ERunnerConfig, E2ETrainingRunner
 from sae_lens_e2e.evaluation import evaluate
-from sae_lens_e2e.loading import load_documents, load_model, tokenised
+from sae_lens_e2e.loading import HELD_OUT, load_documents, load_model
 from sae_lens_e2e.sweep import Sweep, read_sweep, run_sweep
 
 
@@ -46,12 +46,12 @@ def one_at_a_time(sweep: Sweep, folder: Path) -> float:
     """Seconds to train and evaluate each point by itself, once the model and its data are there."""
     first = sweep.points[0].config(folder)
     model = load_model(first.model_name)
-    train, held_out = (tokenised(part, model, first.context_size) for part in load_documents(first.dataset_path))
+    train, held_out = load_documents(first.dataset_path)
     start = time.perf_counter()
     for point in sweep.points:
         cfg = point.config(folder / point.name)
         assert isinstance(cfg, E2ERunnerConfig)
-        E2ETrainingRunner(cfg, override_dataset=train, override_model=model).run()
+        E2ETrainingRunner(cfg, override_dataset=train, override_model=model, held_out=HELD_OUT).run()
         evaluate(SAE.load_from_disk(folder / point.name), model, held_out, **sweep.evaluation)
     return time.perf_counter() - start
 

@@ -25,7 +25,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner, Objective, embedded
 from sae_lens_e2e.evaluation import Evaluation, evaluate
 from sae_lens_e2e.evaluation.measures import MEASURES
-from sae_lens_e2e.loading import EMBEDDED, load_documents, load_model, tokenised
+from sae_lens_e2e.loading import EMBEDDED, HELD_OUT, load_documents, load_model
 from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.output import claim_output
 
@@ -122,7 +122,7 @@ def train(settings: Settings, model: HookedRootModule, prompts: Dataset | Iterab
         output_path=settings.output,
         verbose=False,
     )
-    E2ETrainingRunner(cfg, override_dataset=prompts, override_model=model).run()
+    E2ETrainingRunner(cfg, override_dataset=prompts, override_model=model, held_out=HELD_OUT).run()
 
 
 def model_width(model: HookedRootModule) -> int:
@@ -133,9 +133,9 @@ def model_width(model: HookedRootModule) -> int:
 
 def train_and_evaluate(settings: Settings, model: HookedRootModule, documents: Any, held_out: Any) -> Evaluation:
     """Train one SAE, save it, and evaluate what was saved as anyone would load it."""
-    train(settings, model, tokenised(documents, model, settings.context))
+    train(settings, model, documents)
     sae = SAE.load_from_disk(settings.output, device=settings.device)
-    return evaluate(sae, model, tokenised(held_out, model, settings.context))
+    return evaluate(sae, model, held_out)
 
 
 def table(results: dict[str, Evaluation]) -> str:

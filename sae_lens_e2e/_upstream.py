@@ -7,6 +7,7 @@ Public names are imported where they are used. Of `SAETrainer` and the runners w
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.components.attention import Attention
 
@@ -24,6 +25,13 @@ LEANED_ON: dict[type, dict[str, tuple[str, ...]]] = {
         "save_checkpoint": ("self", "checkpoint_name", "base_path", "wandb_aliases"),
         "load_trainer_state": ("self", "checkpoint_path"),
         "get_coefficients": ("self",),
+    },
+    ActivationsStore: {
+        "_iterate_raw_dataset": ("self",),
+        "_iterate_raw_dataset_tokens": ("self",),
+        "_iterate_tokenized_sequences": ("self",),
+        "state_dict": ("self",),
+        "load": ("self", "file_path"),
     },
     LanguageModelSAETrainingRunner: {
         "_set_sae_metadata": ("self",),

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 # In the order in which SAELens' ActivationsStore looks for them.
-_TOKENS, _TEXT = ("tokens", "input_ids"), ("text", "problem")
+_TOKENS, _TEXT, _CHAT = ("tokens", "input_ids"), ("text", "problem"), ("conversation", "conversations", "messages")
 
 
 class Column(NamedTuple):
@@ -14,10 +14,16 @@ class Column(NamedTuple):
     is_tokens: bool
 
 
-def column_of(names: Collection[str]) -> Column:
-    """The column that is read of a dataset, from the names of all, or a row of it. Raises ValueError if it has none."""
-    for name in (*_TOKENS, *_TEXT):
+def column_of(names: Collection[str], chat: bool = False) -> Column:
+    """The column that is read of a dataset, from the names of all, or a row of it; with `chat`, to be formatted as SAELens does.
+
+    Raises ValueError if it has none.
+    """
+    for name in (*_CHAT, "text") if chat else (*_TOKENS, *_TEXT):
         if name in names:
             return Column(name, name in _TOKENS)
     columns = f"the columns {', '.join(names)}" if names else "no rows or columns"
-    raise ValueError(f"the dataset has {columns}; name that of its tokens 'input_ids', or that of its text 'text'")
+    wanted = f"that of its conversations {_CHAT[-1]!r}" if chat else "that of its tokens 'input_ids'"
+    raise ValueError(
+        f"the dataset has {columns}; name {wanted}, or that of its text 'text' (or ask for DATASET::COLUMN)"
+    )

@@ -9,11 +9,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
+from sae_lens import logger
 from sae_lens.constants import RUNNER_CFG_FILENAME
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PARTIAL = ".partial-"
 """How the names begin of folders in which something is being written; the machine and the process that does come next."""
+LOCK = ".lock"
+"""A file that the process at work in a folder holds; one that is left, and that none holds, is of a killed one."""
 
 
 def check_writable(path: str | Path) -> None:
@@ -44,7 +53,8 @@ def check_free(path: str | Path, overwrite: bool = False) -> None:
 def claim_output(path: str | Path, overwrite: bool = False, made_by: str | None = None) -> None:
     """`check_free`, but for a folder that an earlier run of ours wrote, which may be written to again.
 
-    What tells an earlier run is its runner_cfg.json, or a file named `made_by`.
+    What tells an earlier run is its runner_cfg.json, or a file named `made_by`; what tells a killed one, that there is nothing
+    but what it left: its lock, half-written files, checkpoints.
     """
     folder = Path(path)
     ours = _is_ours(folder) if made_by is None else (folder / made_by).is_file()
@@ -62,7 +72,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     folder = Path(path)
     with _partial(folder) as partial:
         yield partial
-        for written in list(partial.iterdir()):
+        # What says that all is there comes last.
+        for written in sorted(partial.iterdir(), key=lambda file: (file.name == RUNNER_CFG_FILENAME, file.name)):
             os.replace(written, folder / written.name)
 
 
@@ -94,6 +105,60 @@ def replaced_whole(path: str | Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def locked(path: str | Path) -> Iterator[bool]:
+    """Have a folder, which is made if need be, to oneself; says whether a process that was killed had it before.
+
+    Raises BlockingIOError, naming the process, if another is at work in it. Where the system has no such locks it has none.
+    """
+    folder = Path(path)
+    with _made(folder), _locked_file(folder / LOCK) as (file, was_left):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield was_left
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[tuple[IO[str], bool]]:
+    """A file that this process holds, and whether it was there before; it is gone afterwards."""
+    while True:
+        was_left = path.exists()
+        file = path.open("a+")
+        try:
+            _hold(file)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise BlockingIOError(
+                f"{holder} is at work in {str(path.parent)!r}; wait for it, or choose another output folder"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        # Whoever held it has just ended, and removed it.
+        file.close()
+    try:
+        yield file, was_left
+    finally:
+        # In this order, lest it be somebody else's by now; Windows removes no file that is open.
+        if os.name == "nt":
+            file.close()
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _hold(file: IO[str]) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        logger.warning(f"{file.name} cannot be locked ({error.strerror}): see that no other run writes there")
+
+
 def clean_partials(path: str | Path) -> None:
     """Remove what writers of ours left half-written in a folder when they were killed.
 
@@ -109,10 +174,8 @@ def clean_partials(path: str | Path) -> None:
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder`, gone afterwards; `folder` is made, and is gone too if what is done with it fails."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     partial = folder / f"{PARTIAL}{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _made(folder):
         clean_partials(folder)
         try:
             # Not one of tempfile's, which nobody else may read: what is made in it is to be as any other file.
@@ -120,6 +183,15 @@ def _partial(folder: Path) -> Iterator[Path]:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and if what is done with it fails, take it away again where it is empty."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
         for parent in made:
             with suppress(OSError):
@@ -142,7 +214,19 @@ def _is_running(process: int) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
+    return _is_record(folder / RUNNER_CFG_FILENAME) or (folder / LOCK).is_file() or _is_left(folder)
+
+
+def _is_record(file: Path) -> bool:
     try:
-        return "objective" in json.loads((folder / RUNNER_CFG_FILENAME).read_text())
+        return "objective" in json.loads(file.read_text())
     except (OSError, ValueError):
         return False
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether a killed run has left all that is in a folder: what it was writing, and checkpoints, in folders of any names."""
+    if not folder.is_dir():
+        return False
+    others = [path for path in folder.iterdir() if not path.name.startswith(PARTIAL)]
+    return all(path.is_dir() and (_is_record(path / RUNNER_CFG_FILENAME) or _is_left(path)) for path in others)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from datasets import Dataset
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -245,6 +246,15 @@ def run_with_hooks(
 def random_tokens(n_prompts: int, n_pos: int, d_vocab: int, seed: int = 0) -> torch.Tensor:
     """(n_prompts, n_pos) token ids."""
     return torch.randint(0, d_vocab, (n_prompts, n_pos), generator=torch.Generator().manual_seed(seed))
+
+
+def packed(documents: Dataset, model: HookedTransformer, context_size: int) -> Dataset:
+    """Documents of text as rows of token ids, the same for a model of any class."""
+    tokenizer: Any = model.tokenizer
+    texts = (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents["text"])
+    bos = tokenizer.bos_token_id
+    rows = concat_and_batch_sequences(texts, context_size, begin_batch_token_id=bos, sequence_separator_token_id=bos)
+    return dataset_of(torch.stack(list(rows)))
 
 
 def dataset_of(tokens: torch.Tensor) -> Dataset:

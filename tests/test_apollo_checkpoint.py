@@ -117,6 +117,11 @@ def test_values_that_are_no_numbers(tmp_path: Path, name: str, value: float) -> 
     refuses(save(tmp_path / "x.pt", state_dict({HOOK: {**SAE, name: broken}})), HOOK, name, "not finite numbers")
 
 
+def test_a_decoder_of_zeros_is_refused(tmp_path: Path) -> None:
+    zeros = torch.zeros_like(SAE["decoder.weight"])
+    refuses(save(tmp_path / "x.pt", {**SAE, "decoder.weight": zeros}), "decoder.weight is all zeros")
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_values_of_another_kind(tmp_path: Path, dtype: torch.dtype) -> None:
     path = save(tmp_path / "x.pt", {**SAE, "encoder.bias": SAE["encoder.bias"].to(dtype)})

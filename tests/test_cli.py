@@ -25,12 +25,13 @@ from sae_lens_e2e import (
     E2EDownstream,
     E2EMultiRunnerConfig,
     E2ERunnerConfig,
+    Local,
     load_apollo_sae,
     save_for_neuronpedia,
 )
 from sae_lens_e2e.cli import main
 from sae_lens_e2e.cli.train import config_file_flags, parse_train
-from sae_lens_e2e.evaluation.files import read_evaluation
+from sae_lens_e2e.evaluation.files import read_evaluation, read_together
 from sae_lens_e2e.evaluation.measures import MEASURES, SUMMARY
 from sae_lens_e2e.loading.saes import load_saes
 from tests.apollo import HOOK, golden_parameters, run_config, write_run
@@ -71,7 +72,7 @@ def test_objectives_are_listed_with_their_origin(capsys: pytest.CaptureFixture[s
 def test_flags_make_the_config_they_name() -> None:
     flags = "--architecture topk --d_in 64 --d_sae 256 --k 8 --lr 0.01 --hook_name blocks.2.hook_resid_pre --context_size 32"
     flags += " --store_batch_size_prompts 4 --train_batch_size_tokens 256 --max_grad_norm 10 --log_to_wandb false --sae.dtype float32"
-    cfg, overwrite = parse_train([*flags.split(), "--objective", '{"name": "e2e", "kl_coefficient": 2}'])
+    cfg, overwrite, _ = parse_train([*flags.split(), "--objective", '{"name": "e2e", "kl_coefficient": 2}'])
     assert isinstance(cfg, E2ERunnerConfig)
     assert (cfg.sae.architecture(), cfg.sae.k, cfg.sae.d_sae) == ("topk", 8, 256)
     assert cfg.objective == E2E(kl_coefficient=2)
@@ -90,28 +91,30 @@ def test_a_runs_own_config_file_repeats_it_and_flags_override(suffix: str, tmp_p
         train_batch_size_tokens=28,
         exclude_special_tokens=[3, 4],
         checkpoint_path=None,
-        model_kwargs={"padding_side": "right"},
+        model_kwargs={"padding_side": "right", "scale": 1e-05},
+        lr=1e-05,
         logger=LoggingConfig(log_to_wandb=False, run_name="again"),
         verbose=False,
     )
     path = tmp_path / f"cfg{suffix}"
     path.write_text(json.dumps(original.to_dict()))
-    cfg, _ = parse_train(["--config", str(path)])
+    cfg, *_ = parse_train(["--config", str(path)])
     assert cfg.to_dict() == original.to_dict()
     overridden: Any
-    overridden, _ = parse_train(["--config", str(path), "--lr", "0.5", "--d_sae", "64", "--objective", "e2e"])
+    overridden, *_ = parse_train(["--config", str(path), "--lr", "0.5", "--d_sae", "64", "--objective", "e2e"])
     assert (overridden.lr, overridden.sae.d_sae, overridden.objective) == (0.5, 64, E2E())
 
 
 def test_yaml_as_one_would_write_it(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "hook_name: blocks.3.hook_resid_pre\nobjective: local\nsae:\n  architecture: standard\n  d_in: 64\n  d_sae: 128\n"
-        "  l1_coefficient: 0.5\nlogger:\n  log_to_wandb: false\n"
+        "hook_name: blocks.3.hook_resid_pre\nobjective: {name: local, mse_coefficient: 1e-2}\nsae:\n  architecture: standard\n  d_in: 64\n"
+        "  d_sae: 128\n  l1_coefficient: 5e-1\nlogger:\n  log_to_wandb: false\n"
     )
     cfg: Any
-    cfg, _ = parse_train(["--config", str(path)])
+    cfg, *_ = parse_train(["--config", str(path)])
     assert (cfg.hook_name, cfg.sae.l1_coefficient, cfg.logger.log_to_wandb) == ("blocks.3.hook_resid_pre", 0.5, False)
+    assert cfg.objective == Local(mse_coefficient=0.01)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,8 @@ def test_yaml_as_one_would_write_it(tmp_path: Path) -> None:
         (["--train_batch_size_tokens", "100"], ["train_batch_size_tokens=100", "4096"]),
         (["--config", "no_such_file.yaml"], ["no file", "no_such_file.yaml"]),
         (["--lr", "fast"], ["--lr", "fast"]),
+        (["--objective", '{"a": ' + "[" * 3000], ["--objective", "nested more than 50 deep"]),
+        (["--model_kwargs", "[" * 3000], ["--model_kwargs", "nested more than 50 deep"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -330,6 +335,22 @@ def written(path: Path, settings: dict[str, Any]) -> Path:
 
 
 class TestSeveralTogether:
+    def test_a_folder_of_them_is_evaluated_each_alone_and_all_together(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = joint_settings(tmp_path) | {"dataset_path": "embedded"}
+        said(capsys, "train", "--config", str(written(tmp_path / "run.yaml", settings)))
+        out = str(tmp_path / "out")
+        table = said(capsys, "evaluate", out, "--max-tokens", "256", "--batch-size-prompts", "4")
+        for name in ("late", "early"):
+            assert f"{out}/{name}" in table
+            assert read_evaluation(tmp_path / "out" / name) is not None
+        found = read_together(out)
+        assert found is not None
+        assert [one.saes for one in found.together] == [("early",), ("early", "late")]
+        lines = table.split("in order of depth:")[1].splitlines()
+        assert [line.split()[1] for line in lines[2:4]] == ["blocks.1.hook_mlp_out", "blocks.3.hook_resid_pre"]
+
     def test_a_file_trains_them_and_the_runs_own_config_again(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -352,7 +373,7 @@ class TestSeveralTogether:
     def test_what_the_file_says_and_flags_override(self, tmp_path: Path) -> None:
         path = written(tmp_path / "run.yaml", joint_settings(tmp_path))
         cfg: Any
-        cfg, overwrite = parse_train(["--config", str(path), "--overwrite"])
+        cfg, overwrite, _ = parse_train(["--config", str(path), "--overwrite"])
         assert isinstance(cfg, E2EMultiRunnerConfig)
         assert overwrite
         assert (cfg.objective, cfg.exclude_special_tokens, cfg.logger.run_name) == (E2E(2), [7], "both")
@@ -360,7 +381,7 @@ class TestSeveralTogether:
         assert cfg.saes["late"].to_dict()["l1_coefficient"] == 0.5
         flags = ["--lr", "5e-4", "--objective", "e2e", "--max_grad_norm", "10", "--device", "cpu", "--run_name", "mine"]
         heads = ["--hook_names", "{late: blocks.3.attn.hook_z, early: blocks.1.hook_mlp_out}"]
-        cfg, _ = parse_train(["--config", str(path), *flags, *heads, "--hook_head_indices", "{late: 1}"])
+        cfg, *_ = parse_train(["--config", str(path), *flags, *heads, "--hook_head_indices", "{late: 1}"])
         assert (cfg.lr, cfg.objective, cfg.max_grad_norm, cfg.logger.run_name) == (5e-4, E2E(), 10, "mine")
         assert isinstance(cfg, E2EMultiRunnerConfig)
         assert cfg.sites["late"].head_index == 1
@@ -380,12 +401,13 @@ class TestSeveralTogether:
             store_batch_size_prompts=2,
             train_batch_size_tokens=28,
             checkpoint_path=None,
-            model_kwargs={"padding_side": "right"},
+            model_kwargs={"padding_side": "right", "scale": 1e-05},
+            lr=1e-05,
             model_class_name="AutoModelForCausalLM",
             logger=LoggingConfig(log_to_wandb=False, run_name="again"),
         )
         (tmp_path / f"cfg{suffix}").write_text(json.dumps(original.to_dict()))
-        cfg, _ = parse_train(["--config", str(tmp_path / f"cfg{suffix}")])
+        cfg, *_ = parse_train(["--config", str(tmp_path / f"cfg{suffix}")])
         assert cfg.to_dict() == original.to_dict()
 
     @pytest.mark.parametrize(

@@ -350,3 +350,10 @@ def test_trainer_settings_are_sae_lens_own() -> None:
         checkpoint_path=None,
     )
     assert cfg.to_e2e_trainer_config() == stock.to_sae_trainer_config()
+
+
+def test_a_bridge_needs_a_transformer_lens_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runner_config(model_class_name="TransformerBridge").model_class_name == "TransformerBridge"
+    monkeypatch.setattr("sae_lens_e2e.splice.bridge.TransformerBridge", None)
+    with pytest.raises(ValueError, match=r"model_class_name='TransformerBridge' needs transformer-lens 3\.9 or later"):
+        runner_config(model_class_name="TransformerBridge")

@@ -17,6 +17,7 @@ from typing_extensions import override
 from sae_lens_e2e import E2E, Batch, CrossEntropy, E2EDownstream, E2EMultiTrainingRunner, Local, Objective, Term
 from sae_lens_e2e.splice import Site, SplicedModel, frozen
 from sae_lens_e2e.training.group import Group
+from sae_lens_e2e.training.setup import step_plan
 from sae_lens_e2e.training.step import step
 from tests.models import any_model, block_output, inside_block, random_tokens, run_with_hooks
 from tests.pairwise import pairwise
@@ -284,7 +285,7 @@ def test_groups_on_one_clean_pass_move_as_each_alone() -> None:
     with first.splice.running():
         expected = [group_gradients(group, TOKENS) for group in groups]
         found = [given_to_optimizers(group) for group in groups]
-        assert step(first.splice, groups, TOKENS, first.make_plan()) == groups
+        assert step(first.splice, groups, TOKENS, step_plan(first)) == groups
     for group, given, alone in zip(groups, found, expected, strict=True):
         clip = min(1.0, 1.0 / grad_norm(group))
         assert_gradients(given, {s: {n: g * clip for n, g in of_sae.items()} for s, of_sae in alone.items()}, 1e-5)
@@ -425,7 +426,7 @@ def test_a_group_in_several_passes_logs_each_by_the_saes_in_it() -> None:
 )
 def test_passes_that_do_not_fit_the_names_are_refused(sets: tuple[tuple[str, ...], ...], says: str) -> None:
     runner = make_runner("HookedTransformer", sites_of("HookedTransformer", 2), InTurns(sets=sets))
-    with pytest.raises(ValueError, match=f"objective 'in-turns': {says}"):
+    with pytest.raises(ValueError, match=f"objective 'in-turns' .*: {says}"):
         runner.make_group()
 
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.loading import is_local, load_documents, load_model, model_class_of, tokenised
+from sae_lens_e2e.loading import is_local, load_documents, load_model, model_class_of
 from tests.models import random_tokens
-
-TEXTS = [f"Once upon a time there were {n} little birds." for n in range(20)]
 
 
 def folder_with_tokenizer(folder: Path) -> Path:
@@ -141,42 +138,6 @@ def test_a_model_of_apollos(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder", "saved"])
-def test_documents_of_files_and_folders_keep_the_last_tenth(kind: str, tmp_path: Path) -> None:
-    dataset = Dataset.from_dict({"text": TEXTS})
-    path = tmp_path / {"jsonl": "a.jsonl", "parquet": "a.parquet"}.get(kind, "data")
-    if kind == "saved":
-        dataset.save_to_disk(str(path))
-    elif kind == "parquet":
-        dataset.to_parquet(str(path))
-    elif kind == "folder":
-        path.mkdir()
-        dataset.to_parquet(str(path / "a.parquet"))
-    else:
-        dataset.to_json(str(path))
-    train, held_out = load_documents(str(path))
-    assert isinstance(train, Dataset)
-    assert list(train["text"]) == TEXTS[:18]
-    assert list(held_out["text"]) == TEXTS[18:]
-    assert list(load_documents(str(path), held_out=0)[0]["text"]) == TEXTS
-
-
-def test_text_is_packed_into_rows_and_tokens_are_passed_through() -> None:
-    model = load_model("embedded")
-    rows = tokenised(Dataset.from_dict({"text": TEXTS}), model, 16)
-    assert {len(row) for row in rows["input_ids"]} == {16}
-    tokenizer: Any = model.tokenizer
-    assert {row[0] for row in rows["input_ids"]} == {tokenizer.bos_token_id}
-    tokens = Dataset.from_dict({"tokens": [[1, 2], [3, 4]]})
-    assert tokenised(tokens, model, 2) is tokens
-    problems = Dataset.from_dict({"problem": TEXTS})
-    assert tokenised(problems, model, 16)["input_ids"][:] == rows["input_ids"][:]
-    with pytest.raises(ValueError, match=r"has the columns story; name that of its tokens"):
-        tokenised(Dataset.from_dict({"story": TEXTS}), model, 16)
-    with pytest.raises(ValueError, match="no rows or columns"):
-        tokenised(Dataset.from_dict({"text": []}), model, 16)
-
-
 def test_what_is_nowhere_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Read when the libraries are imported, so that setting the environment variable would come too late.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -190,7 +151,9 @@ def test_what_is_nowhere_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest
         load_model("someone/no-such", "cpu", "TransformerBridge")
     with pytest.raises(ConnectionError, match="dataset 'someone/no-such'"):
         load_documents("someone/no-such")
-    (tmp_path / "notes.txt").write_text("no data")
-    for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(ValueError, match=r"is no .parquet, .jsonl, .json file, nor a folder of them"):
+    (tmp_path / "notes.md").write_text("no data")
+    for path in (tmp_path, tmp_path / "notes.md"):
+        with pytest.raises(
+            ValueError, match=r"is no .parquet, .jsonl, .json, .csv, .txt, .arrow file, nor a folder of them"
+        ):
             load_documents(str(path))

@@ -20,7 +20,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file
 
 from sae_lens_e2e import embedded
-from sae_lens_e2e.evaluation import Evaluation, FiringHistogram, LayerEvaluation, evaluate_many
+from sae_lens_e2e.evaluation import Evaluation, FiringHistogram, LayerEvaluation, evaluate_each, evaluate_many
 from sae_lens_e2e.evaluation.files import write_evaluation
 from sae_lens_e2e.evaluation.formats import count, decimals, nats
 from sae_lens_e2e.figures import FIGURES
@@ -196,7 +196,7 @@ def test_the_same_call_measures_nothing_again(made: Path, monkeypatch: pytest.Mo
     def measured(*_: Any, **__: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(evaluations, "evaluate_many", measured)
+    monkeypatch.setattr(evaluations, "evaluate_each", measured)
     for name in ("geometry", "compare", "measure_directions", "live_features", "faithfulness"):
         monkeypatch.setattr(
             close_up, name, measured if name != "live_features" else lambda members, *_: measured() if members else {}
@@ -213,9 +213,9 @@ def test_what_depends_on_changed_weights_or_tokens_is_measured_again(
 
     def counting(saes: Mapping[str, SAE[Any]], *arguments: Any, **options: Any) -> dict[str, Evaluation]:
         measured.append(set(saes))
-        return evaluate_many(saes, *arguments, **options)
+        return evaluate_each(saes, *arguments, **options)
 
-    monkeypatch.setattr(evaluations, "evaluate_many", counting)
+    monkeypatch.setattr(evaluations, "evaluate_each", counting)
     folders = [save(an_sae(name), tmp_path / name) for name in ("local", "e2e")]
     options: dict[str, Any] = {"measures": ("evaluation",), "figures": ()}
     report(folders, tmp_path / "a.html", **options)
@@ -313,6 +313,53 @@ def test_bad_saes_among_good_ones_are_left_out_and_the_page_says_why(tmp_path: P
     assert "2, 8 left out" in page
 
 
+def test_what_is_damaged_beside_good_saes_is_said_on_the_page(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    save(an_sae("local"), folder / "good")
+    save(an_sae("e2e"), folder / "cut")
+    for name in ("good", "cut"):
+        write_history([{"step": step, SECONDS: 1.0 * step} for step in range(1, 40)], folder / name)
+    history = folder / "cut" / "history.csv"
+    history.write_bytes(history.read_bytes()[:60] + b"\xff\x00,,,,,\n")
+    save(an_sae("e2e_ds"), folder / "odd_seed", seed="one")  # pyright: ignore[reportArgumentType]
+    odd = an_sae()
+    odd.cfg.metadata.objective = ["not", "a", "mapping"]
+    save(odd, folder / "odd_metadata")
+    save(an_sae(), folder / "no_settings")
+    (folder / "no_settings" / "runner_cfg.json").write_text("[1, 2]")
+    (folder / "failed").mkdir()
+    (folder / "failed" / "failed.txt").write_bytes(b"\xff broken")
+    page = report([folder], tmp_path / "page.html", measures=("evaluation",), figures=("history",)).read_text()
+    left_out = html.unescape(page.split('id="left-out"')[1].split("</section>")[0])
+    assert "The course of training of cut is left out" in left_out
+    assert "history.csv is damaged" in left_out
+    assert "training failed" in left_out
+    for name in ("good", "cut", "odd_seed", "no_settings"):
+        assert name in page
+
+
+def test_an_sae_that_cannot_be_evaluated_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sweep"
+    save(an_sae("local"), folder / "good")
+    save(an_sae("e2e"), folder / "bad")
+    original = StandardSAE.encode
+
+    def encode(self: StandardSAE, x: torch.Tensor) -> torch.Tensor:
+        if self.cfg.metadata.objective == {"name": "e2e"}:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, x)
+
+    monkeypatch.setattr(StandardSAE, "encode", encode)
+    page = report([folder], tmp_path / "page.html", measures=("evaluation", "directions"), figures=()).read_text()
+    left_out = page.split('id="left-out"')[1].split("</section>")[0]
+    assert "<strong>bad</strong>: it cannot be evaluated: out of memory" in left_out
+    (tmp_path / "page.html").unlink()
+    with pytest.raises(ValueError, match="no SAE is left to report on; bad: it cannot be evaluated"):
+        report([folder / "bad"], tmp_path / "page.html", measures=("evaluation",), figures=())
+
+
 def test_of_two_columns_of_tokens_the_one_that_is_trained_on_is_read(tmp_path: Path) -> None:
     members, _ = collect([save(an_sae(), tmp_path / "sae")])
     tokens, other = random_tokens(8, N_CTX, D_VOCAB), random_tokens(8, N_CTX, D_VOCAB, seed=1)
@@ -329,10 +376,10 @@ def test_of_two_columns_of_tokens_the_one_that_is_trained_on_is_read(tmp_path: P
         ({"measures": ()}, "measures is empty"),
         ({"figures": ("tea",)}, "there is no figure 'tea'; there are pareto"),
         ({"output": "page.pdf"}, "must end in .html"),
-        ({"max_tokens": 5}, "24 prompts of 12 tokens, and max_tokens=5"),
+        ({"max_tokens": 5}, "max_tokens=5 is less than a prompt of the SAEs' context_size=12"),
         (
             {"dataset": dataset_of(random_tokens(8, 6, D_VOCAB))},
-            "a row of 6 tokens, fewer than the SAEs' context_size=12",
+            "rows have 6 tokens, fewer than context_size=12",
         ),
         ({"sources": []}, "there are no sources"),
         ({"sources": ["nowhere"]}, "'nowhere' is no SAE, nor a folder of them"),
@@ -353,7 +400,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     save(an_sae(context_size=8), tmp_path / "other_context")
     if change.get("hook_name"):
         change = {**change, "hook_name": HOOK}
-    monkeypatch.setattr(evaluations, "evaluate_many", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(evaluations, "evaluate_each", lambda *_, **__: pytest.fail("it was measured"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     sources = [
         tmp_path / name if (tmp_path / name).exists() else Path(name) for name in change.pop("sources", ["good"])

@@ -113,7 +113,7 @@ def test_a_run_over_an_earlier_output_replaces_it_whole(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"training_tokens": STEP_TOKENS, "output_path": str(tmp_path)}
     make_runner(runner_config(**settings)).run()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    make_runner(runner_config(**settings, seed=1)).run()
+    make_runner(runner_config(**settings, seed=1)).run(overwrite=True)
     assert names_in(tmp_path) == WRITTEN
     assert (tmp_path / "sae_weights.safetensors").read_bytes() != before["sae_weights.safetensors"]
 
@@ -204,7 +204,7 @@ class Signalling(E2E):
 
     @override
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return E2E().to_dict()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from sae_lens_e2e import E2EDownstream, E2EMultiRunnerConfig, E2EMultiTrainingRunner, E2ERunnerConfig, E2ETrainingRunner
 from sae_lens_e2e._upstream import InterruptedException
+from sae_lens_e2e.evaluation.files import read_together
 from sae_lens_e2e.loading import load_documents, load_model
+from sae_lens_e2e.output import locked
 from sae_lens_e2e.splice import SplicedModel
 from sae_lens_e2e.sweep import Point, failures, read_sweep, run_sweep
 from sae_lens_e2e.sweep.run import groups
@@ -101,7 +103,7 @@ def test_the_examples_are_sweeps_of_all_three_objectives(example: Path, tmp_path
 
 
 def test_an_architecture_can_be_an_axis(tmp_path: Path) -> None:
-    base = BASE | {"sae": {"d_in": 64, "d_sae": 96}}
+    base = BASE | {"sae": {"d_in": 64, "d_sae": 128}}
     sweep = read_sweep(sweep_file(tmp_path, {"sae.architecture": ["standard", "topk", "apollo"]}, base))
     assert [single(point, tmp_path).sae.architecture() for point in sweep.points] == ["standard", "topk", "apollo"]
 
@@ -115,6 +117,7 @@ def test_an_architecture_can_be_an_axis(tmp_path: Path) -> None:
         ({"base": BASE, "grid": {"seed": []}}, "grid: seed has no values"),
         ({"base": BASE, "grid": {"seed": [0]}, "evaluate": {}}, "section 'evaluate' is unknown"),
         ({"base": BASE, "grid": {"seed": [0]}, "evaluation": {"tokens": 1}}, "evaluation 'tokens' is unknown"),
+        ({"base": BASE, "grid": {"seed": [0]}, "evaluation": {"held_out": 1.5}}, "held_out=1.5 is no part"),
         ({"base": BASE, "grid": [{"seed": 0}, {"seed": 0}]}, "point seed=0 is there twice"),
         ({"base": BASE, "grid": {"objective": ["e3e"]}}, "point e3e: .*'e3e'"),
         ({"base": BASE, "grid": {"train_batch_size_tokens": [100]}}, "train_batch_size_tokens=100 is not a whole"),
@@ -208,8 +211,8 @@ def test_the_clean_pass_runs_once_for_all_points(tmp_path: Path, monkeypatch: py
         passes[n] = dict(calls)
     n_batches = 256 // (4 * 16)
     # 6 steps of 2 forward passes, and the evaluation; before either, each point is tried on a few tokens.
-    assert passes[1]["clean"] == 12 + n_batches + 2
-    assert passes[4]["clean"] == 12 + n_batches + 2 * 4
+    assert passes[1]["clean"] == 12 + n_batches + 4
+    assert passes[4]["clean"] == 12 + n_batches + 4 * 4
     assert passes[4]["spliced"] - passes[1]["spliced"] == 3 * (12 + n_batches + 2)
 
 
@@ -275,6 +278,12 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: p
         assert_same_weights(out / point.name, tmp_path / "whole" / point.name)
         assert read_history(out / point.name) == read_history(tmp_path / "whole" / point.name)
         assert not (out / point.name / "checkpoints").exists()
+
+
+def test_a_sweep_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, {"seed": [0]}))
+    with locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="is at work in"):
+        run_sweep(sweep, tmp_path / "out")
 
 
 def test_an_evaluation_that_failed_is_made_up_without_training_again(
@@ -361,6 +370,9 @@ def test_points_of_several_saes_are_trained_on_the_same_pass_and_each_sae_is_eva
             ours, theirs = (tmp_path / folder / point.name / name for folder in ("together", "alone"))
             assert_same_weights(ours, theirs)
             assert read_history(ours) == read_history(theirs)
+    found = read_together(tmp_path / "together" / sweep.points[0].name)
+    assert found is not None
+    assert [one.saes for one in found.together] == [("early",), ("early", "late")]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "together").glob("*/*/*")}
     run_sweep(sweep, tmp_path / "together")
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "together").glob("*/*/*")}

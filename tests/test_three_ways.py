@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_lens_e2e import E2EDownstream, E2ERunnerConfig, E2ETrainingRunner, embedded
 from sae_lens_e2e.evaluation import evaluate
-from sae_lens_e2e.loading import load_documents, load_model, tokenised
+from sae_lens_e2e.loading import load_documents, load_model
 from sae_lens_e2e.splice.bridge import hooked_transformer_hook
 from sae_lens_e2e.training.history import read_history
-from tests.models import dataset_of, random_model, random_tokens
+from tests.models import dataset_of, packed, random_model, random_tokens
 
 STORIES = Path(__file__).parents[2] / "shared"
 KINDS = ("HookedTransformer", "AutoModelForCausalLM", "TransformerBridge")
@@ -217,7 +217,7 @@ def test_stories15m_three_ways(tmp_path: Path) -> None:
     models = three_ways(hooked, tmp_path / "model", tokenizer)
     documents, held_out = load_documents(str(STORIES / "data" / "stories.jsonl"))
     assert isinstance(documents, Dataset)
-    data, rest = (tokenised(part.select(range(40)), hooked, 32) for part in (documents, held_out))
+    data, rest = (packed(part.select(range(40)), hooked, 32) for part in (documents, held_out))
     steps = {"context_size": 32, "store_batch_size_prompts": 4, "train_batch_size_tokens": 128, "training_tokens": 512}
     assert_three_alike(models, data, rest.select(range(8)), 3, 288, tmp_path, lr=1e-3, **steps)
 
@@ -232,7 +232,7 @@ def test_stories260k_three_ways_from_its_own_folder(tmp_path: Path) -> None:
     documents, held_out = load_documents(str(STORIES / "data" / "stories.jsonl"))
     assert isinstance(documents, Dataset)
     hooked: Any = models["HookedTransformer"]
-    data, rest = (tokenised(part.select(range(100)), hooked, 64) for part in (documents, held_out))
+    data, rest = (packed(part.select(range(100)), hooked, 64) for part in (documents, held_out))
     steps = {
         "context_size": 64,
         "store_batch_size_prompts": 4,

@@ -114,4 +114,6 @@ def _weights(path: str | Path, hook: str, tensors: dict[str, Tensor]) -> ApolloW
     for name in _NAMES:
         if name not in weights or not bool(torch.isfinite(weights[name]).all()):
             raise ValueError(f"{where}: {name} holds values that are not finite numbers")
+    if not bool(weights["decoder.weight"].any()):
+        raise ValueError(f"{where}: decoder.weight is all zeros, so the SAE puts out nothing; take another checkpoint")
     return ApolloWeights(*(weights[name] for name in _NAMES))

@@ -129,7 +129,7 @@ def _coefficient(config: Mapping[str, Any], term: str, name: str) -> float:
 
 
 def _with_numbers(settings: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """The settings with what is to be a number as one: YAML takes 5e-4, without a dot, for text."""
+    """The settings with what is to be a number as one, checked."""
     read = {}
     for key, value in settings.items():
         name = f"{section}.{key}".removeprefix(".")

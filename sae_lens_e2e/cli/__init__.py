@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
 from sae_lens_e2e import __version__
 from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.cli.measure import evaluate, sweep
@@ -11,6 +13,8 @@ from sae_lens_e2e.cli.objectives import objectives
 from sae_lens_e2e.cli.report import report
 from sae_lens_e2e.cli.share import convert, dashboard, upload
 from sae_lens_e2e.cli.train import train
+from sae_lens_e2e.errors import named_line, one_line
+from sae_lens_e2e.training.trainer import NonFiniteLossError
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "train an SAE, or several together; every field of the config is a flag"),
@@ -24,8 +28,15 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
+_SAY_IT_THEMSELVES = (ValueError, TypeError, OSError, ImportError, NonFiniteLossError, argparse.ArgumentError)
+"""Errors whose message names what is to be put right; of any other the kind is said too."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 after a one-line message for whatever the user can put right, or 130 if interrupted."""
+    """Run one command. Returns 0, 2 after a one-line message for whatever went wrong, or 130 if interrupted.
+
+    With --debug, anywhere on the command line, an error is raised instead.
+    """
     parser = argparse.ArgumentParser(
         prog="sae-lens-e2e",
         description="Train sparse autoencoders end to end with SAELens.",
@@ -33,15 +44,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from, not only what it says")
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; each takes --help")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(argv)
+    arguments = [argument for argument in parsed.arguments if argument != "--debug"]
+    debug = parsed.debug or len(arguments) < len(parsed.arguments)
     try:
-        COMMANDS[parsed.command][0](parsed.arguments)
-    except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
-        print(f"sae-lens-e2e {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        COMMANDS[parsed.command][0](arguments)
     except InterruptedException:
         print(f"sae-lens-e2e {parsed.command}: interrupted; what was trained is in the checkpoints", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print(f"sae-lens-e2e {parsed.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"sae-lens-e2e {parsed.command}: {_said(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"out of memory; run fewer prompts at a time, or fewer SAEs together ({named_line(error)})"
+    if isinstance(error, _SAY_IT_THEMSELVES) and str(error).strip():
+        return one_line(error)
+    return f"{named_line(error)} (--debug shows where)"

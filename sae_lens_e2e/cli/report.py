@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_lens_e2e.cli.parser import Parser
+from sae_lens_e2e.cli.parser import Parser, add_trust, device
 
 
 def report(arguments: list[str]) -> None:
@@ -20,7 +20,8 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("--measures", nargs="+", help="evaluation, geometry, directions, faithfulness (default: all)")
     parser.add_argument("--figures", nargs="+", help="(default: all that there is something to draw in)")
     parser.add_argument("--title", help="of the page")
-    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--device", type=device, default="cpu", help="(default: cpu)")
+    add_trust(parser)
     parsed = parser.parse_args(arguments or ["--help"])
     # Here, because the other commands do without the extra that figures need.
     from sae_lens_e2e.report import MEASURES, make_report
@@ -37,5 +38,6 @@ def report(arguments: list[str]) -> None:
         title=parsed.title,
         batch_size_prompts=parsed.batch_size_prompts,
         device=parsed.device,
+        trust_remote_code=parsed.trust_remote_code,
     )
     print(page)

@@ -6,7 +6,7 @@ from typing import Any
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
 
-from sae_lens_e2e.cli.parser import Parser
+from sae_lens_e2e.cli.parser import Parser, add_trust
 from sae_lens_e2e.evaluation.files import read_evaluation
 from sae_lens_e2e.loading import is_local, load_documents, load_model
 from sae_lens_e2e.loading.saes import is_joint_folder, load_saes
@@ -76,6 +76,7 @@ def dashboard(arguments: list[str]) -> None:
     parser.add_argument("--n-prompts-in-forward-pass", type=int, default=32, help="(default: 32)")
     parser.add_argument("--n-features-at-a-time", type=int, default=128, help="(default: 128)")
     parser.add_argument("--device", help="where SAEDashboard computes (default: what it finds)")
+    add_trust(parser)
     parser.add_argument("--python", help="an environment's python that has sae-dashboard (default: one is made, once)")
     parser.add_argument("--overwrite", action="store_true", help="write to a folder that has something else in it")
     parsed = parser.parse_args(arguments or ["--help"])
@@ -97,6 +98,7 @@ def dashboard(arguments: list[str]) -> None:
         n_features_at_a_time=parsed.n_features_at_a_time,
         device=parsed.device,
         python=parsed.python,
+        trust_remote_code=parsed.trust_remote_code,
         overwrite=parsed.overwrite,
     )
     print("\n".join(str(batch) for batch in batches))

@@ -9,9 +9,10 @@ from typing import Any
 
 from sae_lens_e2e.cli.parser import SettingsParser
 from sae_lens_e2e.cli.train_flags import AS_YAML, flags_of_one_sae, flags_of_several_saes, settings_of_one_sae
-from sae_lens_e2e.loading import is_local, load_documents, load_model, model_class_of
+from sae_lens_e2e.loading import HELD_OUT, is_local, load_documents, load_model, model_class_of
 from sae_lens_e2e.loading.saes import is_sae_folder
 from sae_lens_e2e.output import claim_output
+from sae_lens_e2e.training.checks import check_devices
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
@@ -26,36 +27,36 @@ _BY_NAME = {"hook_name": "hook_names", "hook_head_index": "hook_head_indices"}
 
 def train(arguments: list[str]) -> None:
     """Train one SAE, as the flags and an optional config file say, or the several that a file has under `saes`."""
-    cfg, overwrite = parse_train(arguments or ["--help"])
+    cfg, overwrite, held_out = parse_train(arguments or ["--help"])
+    check_devices(cfg)
     several = isinstance(cfg, E2EMultiRunnerConfig)
     if cfg.output_path is not None:
         claim_output(cfg.output_path, overwrite)
         if several and is_sae_folder(cfg.output_path):
             raise FileExistsError(f"output {cfg.output_path!r} is the folder of one SAE; choose another for several")
     if several:
-        E2EMultiTrainingRunner(cfg, **_local(cfg)).run()
+        E2EMultiTrainingRunner(cfg, **_loaded(cfg, held_out)).run(overwrite)
     else:
-        E2ETrainingRunner(cfg, **_local(cfg)).run()
+        E2ETrainingRunner(cfg, **_loaded(cfg, held_out)).run(overwrite)
 
 
-def _local(cfg: Any) -> dict[str, Any]:
-    """The runner's overrides for a model or dataset that SAELens has no name for: the embedded ones, or a folder's.
+def _loaded(cfg: Any, held_out: float) -> dict[str, Any]:
+    """The runner's overrides: the documents, without those that are held out, and a model that SAELens has no name for.
 
-    The config, and with it the SAE's metadata, is made to name the class that a model's folder gave.
+    That is the embedded one, or a folder's. The config, and with it the SAE's metadata, is made to name the class that a model's folder gave.
     """
-    overrides: dict[str, Any] = {}
+    documents, _ = load_documents(cfg.dataset_path, held_out, cfg.streaming)
+    overrides: dict[str, Any] = {"override_dataset": documents, "held_out": held_out}
     if is_local(cfg.model_name):
         model = load_model(cfg.model_name, cfg.llm_device, cfg.model_class_name, cfg.model_from_pretrained_kwargs)
         if (had := model_class_of(model)) != cfg.model_class_name:
             cfg.model_class_name, cfg.model_from_pretrained_kwargs = had, {}
         overrides["override_model"] = model
-    if is_local(cfg.dataset_path):
-        overrides["override_dataset"], _ = load_documents(cfg.dataset_path, held_out=0)
     return overrides
 
 
-def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any] | E2EMultiRunnerConfig, bool]:
-    """The config that the flags of `train` mean, and whether a folder that is not ours may be overwritten.
+def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any] | E2EMultiRunnerConfig, bool, float]:
+    """The config that the flags of `train` mean, whether a folder that is not ours may be overwritten, and `--held_out`.
 
     A file given with --config supplies flags of its own, which those on the command line override. If it has `saes` the config
     is that of several SAEs.
@@ -79,11 +80,19 @@ def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any] | E2EMul
     )
     parser.add_argument("--config", metavar="FILE", help="take settings from a YAML or JSON file; flags override it")
     parser.add_argument(
-        "--overwrite", action="store_true", help="write to output_path even if what is there is not one of our runs"
+        "--overwrite",
+        action="store_true",
+        help="write to output_path even if what is there is not one of our runs, or one with other settings",
+    )
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        default=HELD_OUT,
+        help=f"part of the documents kept for evaluation (default: {HELD_OUT})",
     )
     parser.add_arguments(flags_of_several_saes() if several else flags_of_one_sae(), dest="cfg")
     parsed = parser.parse_args(flags)
-    return parsed.cfg, parsed.overwrite
+    return parsed.cfg, parsed.overwrite, parsed.held_out
 
 
 def config_file_flags(path: Path) -> list[str]:
@@ -93,7 +102,7 @@ def config_file_flags(path: Path) -> list[str]:
     that is no mapping of settings, FileNotFoundError if there is none.
     """
     settings = _read(path)
-    sae, logger = settings.pop("sae", {}), settings.pop("logger", {})
+    sae, logger = (_section(settings, name, path) for name in ("sae", "logger"))
     # Recorded by SAELens for the reader, and taken by no flag.
     sae.pop("metadata", None)
     sae = {f"sae.{name}" if name in _SHARED_WITH_SAE else name: value for name, value in sae.items()}
@@ -101,6 +110,13 @@ def config_file_flags(path: Path) -> list[str]:
         # The default, for which there is no way to write a flag.
         del settings["seqpos_slice"]
     return [part for name, value in (settings | sae | logger).items() for part in _flag(name, value)]
+
+
+def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    section = settings.pop(name, None) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"--config: {name}={section!r} in {str(path)!r} is not a mapping of settings to values")
+    return dict(section)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """The configs of `sae-lens-e2e train` as dataclasses whose fields are its flags: that of one SAE, and that of several."""
 
+import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, get_type_hints
 
 import simple_parsing
-import yaml
 from docstring_parser import parse as parse_docstring
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -16,6 +15,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens_e2e.cli.parser import nearest
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
+from sae_lens_e2e.yaml_file import parse_yaml
 
 _KWARGS = ("model_kwargs", "model_from_pretrained_kwargs")
 AS_YAML = (*_KWARGS, "exclude_special_tokens", "saes", "hook_names", "hook_head_indices")
@@ -46,7 +46,7 @@ def flags_of_several_saes() -> type[E2EMultiRunnerConfig]:
     given: dict[str, tuple[Any, Any]] = {}
     for name, text in _HELP_OF_SEVERAL.items():
         default = None if name == "hook_head_indices" else dataclasses.MISSING
-        given[name] = (str, _field(default, yaml.safe_load, "yaml", text))
+        given[name] = (str, _field(default, _yaml, "yaml", text))
 
     def make_saes(self: E2EMultiRunnerConfig) -> None:
         if not isinstance(self.saes, Mapping):
@@ -77,7 +77,7 @@ def _flags(config: type, given: Mapping[str, tuple[Any, Any]], **namespace: Any)
     given = {
         **given,
         "objective": (str, _field("e2e_ds", _objective, "name|json", objective_help)),
-        "exclude_special_tokens": (str, _field(False, yaml.safe_load, "bool|[ids]", excluded)),
+        "exclude_special_tokens": (str, _field(False, _yaml, "bool|[ids]", excluded)),
     }
     types = get_type_hints(config)
     new_fields: list[tuple[str, Any, Any]] = []
@@ -88,7 +88,7 @@ def _flags(config: type, given: Mapping[str, tuple[Any, Any]], **namespace: Any)
             type_, field = given[f.name]
             new_fields.append((f.name, type_, field))
         elif f.name in _KWARGS:
-            as_yaml = simple_parsing.field(**kept, type=yaml.safe_load, metavar="yaml", help=documented[f.name])
+            as_yaml = simple_parsing.field(**kept, type=_yaml, metavar="yaml", help=documented[f.name])
             new_fields.append((f.name, str, as_yaml))
         elif f.name in documented:
             kept["metadata"] = {**f.metadata, "help": documented[f.name]}
@@ -102,8 +102,16 @@ def _field(default: Any, type_: Any, metavar: str, help_: str) -> Any:
     return simple_parsing.field(default=default, type=type_, metavar=metavar, help=help_)
 
 
+def _yaml(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        # Of a ValueError argparse says no more than what the text was.
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _objective(text: str) -> Any:
-    return json.loads(text) if text.lstrip().startswith("{") else text
+    return _yaml(text) if text.lstrip().startswith("{") else text
 
 
 def _sae_config(name: str, settings: Any) -> TrainingSAEConfig:

@@ -2,7 +2,7 @@
 
 import sys
 
-from sae_lens_e2e.evaluation.evaluate import evaluate, evaluate_many
+from sae_lens_e2e.evaluation.evaluate import evaluate, evaluate_each, evaluate_many
 from sae_lens_e2e.evaluation.frame import evaluation_frame, firing_frame, layers_frame, together_frame
 from sae_lens_e2e.evaluation.moved import MovedModules
 from sae_lens_e2e.evaluation.options import EvaluationOptions
@@ -17,6 +17,7 @@ __all__ = [
     "SplicedIn",
     "TogetherEvaluation",
     "evaluate",
+    "evaluate_each",
     "evaluate_many",
     "evaluate_together",
     "evaluation_frame",

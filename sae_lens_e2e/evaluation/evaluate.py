@@ -1,14 +1,15 @@
 """Evaluate SAEs on tokens they were not trained on, in one pass over the data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, logger
 from sae_lens.config import HfDataset
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from sae_lens_e2e.errors import kept_to, one_line
 from sae_lens_e2e.evaluation.one_pass import OnePass
 from sae_lens_e2e.evaluation.options import EvaluationOptions
 from sae_lens_e2e.evaluation.reading import read_through, settings_of
@@ -55,6 +56,29 @@ def evaluate_many(
     batches = token_batches(dataset, model, setting, chosen.batch_size_prompts)
     read = read_through(batches, spliced, saes, setting, chosen, one_pass.add)
     return {name: one_pass.evaluation(name, read) for name in saes}
+
+
+def evaluate_each(
+    saes: Mapping[str, SAE[Any]],
+    model: HookedRootModule,
+    dataset: HfDataset,
+    on_failure: Callable[[str, Exception], None],
+    **options: Any,
+) -> dict[str, Evaluation]:
+    """`evaluate_many` of those SAEs that can be evaluated: in one pass, or one at a time if any stops the others.
+
+    Each that cannot is given to `on_failure`, with why.
+    """
+    if len(saes) > 1:
+        try:
+            return evaluate_many(saes, model, dataset, **options)
+        except Exception as error:
+            logger.warning(f"the SAEs cannot be evaluated together, so each is alone ({one_line(error)})")
+    results: dict[str, Evaluation] = {}
+    for name, sae in saes.items():
+        with kept_to(name, on_failure):
+            results |= evaluate_many({name: sae}, model, dataset, **options)
+    return results
 
 
 @contextmanager

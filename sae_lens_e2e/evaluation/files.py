@@ -1,15 +1,19 @@
 """Evaluations kept beside the SAEs they are of."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sae_lens_e2e.errors import named_line
 from sae_lens_e2e.evaluation.result import Evaluation
 from sae_lens_e2e.evaluation.together import TogetherEvaluation
 from sae_lens_e2e.output import write_whole
 
 FILENAME = "evaluation.json"
 TOGETHER_FILENAME = "together.json"
+
+Result = TypeVar("Result")
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
@@ -19,8 +23,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
 
 def read_evaluation(folder: str | Path) -> Evaluation | None:
     """What `write_evaluation` wrote, or None where there is none. Raises ValueError for a file that is not whole."""
-    figures = _read(Path(folder) / FILENAME)
-    return None if figures is None else Evaluation.from_dict(figures)
+    return _read(Path(folder) / FILENAME, Evaluation.from_dict)
 
 
 def write_together(evaluation: TogetherEvaluation, folder: str | Path) -> None:
@@ -30,9 +33,13 @@ def write_together(evaluation: TogetherEvaluation, folder: str | Path) -> None:
 
 def read_together(folder: str | Path) -> TogetherEvaluation | None:
     """What `write_together` wrote, or None where there is none. Raises ValueError for a file that is not whole."""
-    figures = _read(Path(folder) / TOGETHER_FILENAME)
-    return None if figures is None else TogetherEvaluation.from_dict(figures)
+    return _read(Path(folder) / TOGETHER_FILENAME, TogetherEvaluation.from_dict)
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.is_file() else None
+def _read(file: Path, read: Callable[[Any], Result]) -> Result | None:
+    if not file.is_file():
+        return None
+    try:
+        return read(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged or of another version; evaluate again ({named_line(error)})") from error

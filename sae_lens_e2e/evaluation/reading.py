@@ -91,8 +91,14 @@ def read_through(
 
 
 def _check_vocabulary(tokens: Int[Tensor, "prompts pos"], model: SplicedModel) -> None:
-    largest, known = int(tokens.max()), min(model.d_vocab_in or model.unembedding.d_vocab, model.unembedding.d_vocab)
+    largest, predicted = int(tokens.max()), model.unembedding.d_vocab
+    known = model.d_vocab_in or predicted
     if largest >= known:
         raise ValueError(
             f"the dataset has token {largest} and the model knows {known}; tokenise it with the model's own tokenizer"
+        )
+    if largest >= predicted:
+        raise ValueError(
+            f"the model reads {known} tokens and predicts {predicted}, and the dataset has token {largest}, which it cannot predict: "
+            "there is no next-token loss to measure; evaluate on a model that predicts every token"
         )

@@ -23,6 +23,11 @@ def check_evaluable(name: str, sae: SAE[Any]) -> None:
             f"{name}: a {sae.cfg.architecture()} reads one hook and writes another, so there is no reconstruction to evaluate; "
             "give an SAE of one hook"
         )
+    for field, weights in sae.named_parameters():
+        if not weights.is_floating_point():
+            raise ValueError(
+                f"{name}: its {field} holds {str(weights.dtype).removeprefix('torch.')}, not real floating numbers; convert it"
+            )
     if normalize in _SCALED_BEFOREHAND:
         raise ValueError(
             f"{name}: normalize_activations={normalize!r} says that the activations it takes are scaled first, and by how much "

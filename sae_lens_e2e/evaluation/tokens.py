@@ -32,6 +32,7 @@ class Setting:
     prepend_bos: bool | None
     sequence_separator_token: int | str | None
     disable_concat_sequences: bool
+    use_chat_formatting: bool = False
 
     @classmethod
     def of(cls, sae: SAE[Any], model: HookedRootModule, context_size: int | None = None) -> "Setting":
@@ -49,6 +50,7 @@ class Setting:
             prepend_bos=metadata.prepend_bos,
             sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
             disable_concat_sequences=bool(metadata.disable_concat_sequences),
+            use_chat_formatting=bool(metadata.use_chat_formatting),
         )
 
     @property
@@ -115,6 +117,7 @@ def token_batches(
         dtype="float32",
         disable_concat_sequences=setting.disable_concat_sequences,
         sequence_separator_token=setting.sequence_separator_token,  # pyright: ignore[reportArgumentType]
+        use_chat_formatting=setting.use_chat_formatting,
     )
     batches = TokenBatches(store, batch_size_prompts, n_batches)
     if batches.upcoming is None:
@@ -170,7 +173,7 @@ def _check_dataset(dataset: HfDataset, model: HookedRootModule, setting: Setting
     row: Any = next(iter(dataset), None)
     if row is None:
         raise ValueError("the dataset is empty; give it at least one batch of prompts")
-    column = column_of(row)
+    column = column_of(row, setting.use_chat_formatting)
     if column.is_tokens:
         if len(row[column.name]) < setting.context_size:
             raise ValueError(

@@ -19,6 +19,8 @@ from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import check_has_bridge, is_bridge, load_bridge
 
 EMBEDDED = "embedded"
+COLUMN = "::"
+"""Between the name of a dataset and that of the column of it that is read."""
 HOOKED_TRANSFORMER = "HookedTransformer"
 HUGGING_FACE = "AutoModelForCausalLM"
 
@@ -26,8 +28,9 @@ _CONFIG = "config.json"
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or dataset of that name is on this machine."""
-    return name == EMBEDDED or Path(name).exists()
+    """Whether a model or dataset of that name, whichever column of it is read, is on this machine."""
+    place = name.partition(COLUMN)[0]
+    return place == EMBEDDED or Path(place).exists()
 
 
 def load_model(
@@ -100,6 +103,11 @@ def _from_hub(name: str, device: str, model_class_name: str, kwargs: dict[str, A
     except OSError as error:
         raise unreachable("model", name) from error
     except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name!r} runs code of its own repository; if you trust it, set model_from_pretrained_kwargs="
+                "{'trust_remote_code': True}"
+            ) from error
         # TransformerLens lists the hundreds that it knows.
         raise ValueError(
             f"model {name!r} is none that {model_class_name} knows; with model_class_name={HUGGING_FACE!r} any of the "

@@ -8,6 +8,7 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_lens_e2e.apollo import load_apollo_saes
+from sae_lens_e2e.loading.folder import load_folder
 
 
 def load_sae(source: str | Path, device: str = "cpu") -> SAE[Any]:
@@ -50,7 +51,7 @@ def load_saes(
     elif names:
         saes = {name: _load_of_run(Path(source) / name, device) for name in names}
     else:
-        sae = SAE.load_from_disk(source, device=device)
+        sae = load_folder(source, device)
         saes = {str(sae.cfg.metadata.hook_name): sae}
     if hook_name is None:
         return saes
@@ -86,4 +87,4 @@ def _load_of_run(folder: Path, device: str) -> SAE[Any]:
         raise FileNotFoundError(
             f"{folder} is not there, and the {RUNNER_CFG_FILENAME} beside it names it; copy it there, or give the others' own folders"
         )
-    return SAE.load_from_disk(folder, device=device)
+    return load_folder(folder, device)

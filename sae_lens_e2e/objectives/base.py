@@ -18,7 +18,8 @@ class Term:
     """One term of an objective: the loss gains coefficient · value(); value() is what is logged.
 
     `value` is called only if the term weighs anything, or on a logging step (without gradients, then); `parts`, what the
-    value is made of, on logging steps only. Raises TypeError for a value that is no function.
+    value is made of, on logging steps only. Raises TypeError for a value that is no function or a coefficient that is no number,
+    ValueError for one that is negative or not finite.
     """
 
     coefficient: float
@@ -31,6 +32,15 @@ class Term:
                 f"Term({type(self.coefficient).__name__}, {type(self.value).__name__}): since 0.2 a term is its coefficient "
                 "and a function, such as Term(0.5, lambda: batch.kl()), and `parts` is a function too"
             )
+        if self.parts is not None and not callable(self.parts):
+            raise TypeError(f"Term.parts is a {type(self.parts).__name__} and must be a function that returns a dict")
+        coefficient: object = self.coefficient
+        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
+            raise TypeError(
+                f"Term: the coefficient {coefficient!r} must be a number, not a {type(coefficient).__name__}"
+            )
+        if not math.isfinite(coefficient) or coefficient < 0:
+            raise ValueError(f"Term: the coefficient {coefficient!r} must be a finite number that is not negative")
 
 
 @dataclass(frozen=True)

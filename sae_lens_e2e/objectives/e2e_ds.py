@@ -32,7 +32,9 @@ class E2EDownstream(Objective):
         super().__post_init__()
         if self.downstream_hooks is None:
             return
-        if isinstance(self.downstream_hooks, str):
+        if not isinstance(self.downstream_hooks, (list, tuple)) or not all(
+            isinstance(hook, str) for hook in self.downstream_hooks
+        ):
             raise ValueError(
                 f"{self.name}: downstream_hooks={self.downstream_hooks!r} must be a sequence of hook names"
             )

@@ -6,10 +6,12 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import FunctionType
 from typing import Any
 
 import pluggy
 
+from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.objectives import Objective, builtin, hookspecs
 from sae_lens_e2e.objectives.hookspecs import PROJECT
 
@@ -96,22 +98,44 @@ def make_objective(spec: "str | dict[str, Any] | Objective") -> Objective:
     Raises ValueError for an unknown name or setting, TypeError for anything else.
     """
     if isinstance(spec, Objective):
+        _check_objective(type(spec))
         return spec
     if isinstance(spec, str):
-        return get_objective(spec)()
+        return make_objective({"name": spec})
     if not isinstance(spec, dict):
         raise TypeError(
             f"objective={spec!r} must be the name of an objective or an Objective, not {type(spec).__name__}"
         )
-    if "name" not in spec:
+    if not isinstance(spec.get("name"), str):
         raise ValueError(f"objective={spec!r} has no 'name'")
+    if unnamed := [key for key in spec if not isinstance(key, str)]:
+        raise ValueError(f"objective={spec!r}: the setting {unnamed[0]!r} must be a text")
     # JSON has lists where a frozen dataclass had tuples.
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "name"}
     objective = get_objective(spec["name"])
     known = [f.name for f in dataclasses.fields(objective)]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"objective {spec['name']!r} has no setting {unknown[0]!r}; it has {', '.join(known)}")
-    return objective(**settings)
+    try:
+        return objective(**settings)
+    except TypeError as error:
+        # A setting without a default, or one of a type that its class does not check.
+        raise ValueError(f"objective {spec['name']!r}: {one_line(error)}") from error
+
+
+def said_of(objective: Objective) -> str:
+    """What a message calls an objective: its name, its class, and the package that is to be asked about it."""
+    cls = type(objective)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PluginWarning)
+        try:
+            origin = next(
+                (one.origin for one in available_objectives().values() if one.objective is cls), cls.__module__
+            )
+        except ValueError:
+            # Two packages have one name, which is another matter.
+            origin = cls.__module__
+    return f"objective {objective.name!r} ({cls.__name__} of {origin})"
 
 
 def _origin(entry_point: EntryPoint) -> str:
@@ -123,6 +147,14 @@ def _check_objective(objective: Any) -> None:
         raise TypeError(f"{objective!r} is not a subclass of sae_lens_e2e.Objective")
     if not isinstance(getattr(objective, "name", None), str):
         raise TypeError(f"{objective.__name__} has no `name`")
+    if missing := sorted(getattr(objective, "__abstractmethods__", ())):
+        raise TypeError(f"{objective.__name__} does not define `{missing[0]}`")
+    for field in dataclasses.fields(objective):
+        if isinstance(vars(Objective).get(field.name), property | FunctionType):
+            raise TypeError(
+                f"{objective.__name__} has a field {field.name!r}, which takes the place of Objective.{field.name}; give the "
+                "field another name"
+            )
 
 
 def _warn(origin: str, error: Exception) -> None:

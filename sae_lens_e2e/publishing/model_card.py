@@ -1,5 +1,6 @@
 """The README of a repository of SAEs on the Hugging Face Hub."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -9,6 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_e2e.evaluation.measures import MEASURES
+from sae_lens_e2e.markdown import code, plain
 
 MARK = (
     "<!-- Written by sae-lens-e2e, which writes it anew with every upload. Remove this line to keep your own text. -->"
@@ -43,14 +45,14 @@ def model_card(
     Returns Markdown that starts with YAML, for `huggingface_hub.ModelCard`.
     """
     sections = {
-        "SAEs": _table([{"SAE": f"`{sae_id}`", **_description(config)} for sae_id, config in configs.items()]),
+        "SAEs": _table([{"SAE": code(sae_id), **_description(config)} for sae_id, config in configs.items()]),
         "Figures": _figures(evaluations or {}),
-        "Data": _table([{"SAE": f"`{sae_id}`", **_data(config)} for sae_id, config in configs.items()]),
+        "Data": _table([{"SAE": code(sae_id), **_data(config)} for sae_id, config in configs.items()]),
         "Loading": _loading(repo_id, configs),
         "Method": _METHOD,
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    return f"---\n{_front_matter(configs.values())}\n---\n\n{MARK}\n\n# {repo_id}\n\n{_summary(configs.values())}\n\n{body}\n"
+    return f"---\n{_front_matter(configs.values())}\n---\n\n{MARK}\n\n# {plain(repo_id)}\n\n{_summary(configs.values())}\n\n{body}\n"
 
 
 _METHOD = (
@@ -101,7 +103,7 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
 
 
 def _summary(configs: Iterable[_Config]) -> str:
-    models = ", ".join(_distinct(config.get("metadata", {}).get("model_name") for config in configs))
+    models = plain(", ".join(_distinct(config.get("metadata", {}).get("model_name") for config in configs)))
     return (
         f"Sparse autoencoders for {models or 'a language model'}, in the format of "
         "[SAELens](https://github.com/decoderesearch/SAELens), uploaded with sae-lens-e2e."
@@ -113,9 +115,9 @@ def _description(config: _Config) -> _Row:
     architecture, trained_as = config.get("architecture"), metadata.get("training_architecture")
     objective = metadata.get("objective") or {}
     return {
-        "architecture": f"{architecture} (trained as {trained_as})"
-        if trained_as not in (None, architecture)
-        else str(architecture),
+        "architecture": plain(
+            f"{architecture} (trained as {trained_as})" if trained_as not in (None, architecture) else str(architecture)
+        ),
         "d_in": _shown(config.get("d_in")),
         "d_sae": _shown(config.get("d_sae")),
         "hook": _shown(metadata.get("hook_name")),
@@ -162,8 +164,8 @@ def _figures(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     names = _in_order(name for values in figures.values() for name in values)
     numbers = [
         {
-            "figure": _TITLES.get(name, name),
-            **{f"`{sae_id}`": _shown(values[name]) for sae_id, values in found.items()},
+            "figure": _title(name),
+            **{code(sae_id): _shown(values[name]) for sae_id, values in found.items()},
         }
         for name in names
         if (found := {sae_id: values for sae_id, values in figures.items() if _is_number(values.get(name))})
@@ -171,7 +173,7 @@ def _figures(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     tables = [_table(numbers)]
     for name in names:
         rows = [row for sae_id, values in figures.items() for row in _nested(sae_id, values.get(name))]
-        tables += [f"{_TITLES.get(name, name)}:\n\n{_table(rows)}"] if rows else []
+        tables += [f"{_title(name)}:\n\n{_table(rows)}"] if rows else []
     return "\n\n".join(table for table in tables if table)
 
 
@@ -185,12 +187,12 @@ def _nested(sae_id: str, values: Any) -> list[_Row]:
     if not isinstance(values, Mapping):
         return []
     here, places = _numbers(values), {place: _numbers(v) for place, v in values.items() if isinstance(v, Mapping)}
-    rows: list[_Row] = [{"SAE": f"`{sae_id}`", **here}] if here else []
-    return rows + [{"SAE": f"`{sae_id}`", "at": place, **numbers} for place, numbers in places.items() if numbers]
+    rows: list[_Row] = [{"SAE": code(sae_id), **here}] if here else []
+    return rows + [{"SAE": code(sae_id), "at": plain(place), **numbers} for place, numbers in places.items() if numbers]
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, str]:
-    return {_TITLES.get(name, name): _shown(value) for name, value in values.items() if _is_number(value)}
+    return {_title(name): _shown(value) for name, value in values.items() if _is_number(value)}
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -200,7 +202,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _loading(repo_id: str, sae_ids: Iterable[str]) -> str:
-    lines = [f'SAE.from_pretrained("{repo_id}", "{sae_id}")' for sae_id in sae_ids]
+    lines = [f"SAE.from_pretrained({json.dumps(repo_id)}, {json.dumps(sae_id)})" for sae_id in sae_ids]
     return "\n".join(["```python", "from sae_lens import SAE", "", *lines, "```"])
 
 
@@ -227,14 +229,18 @@ def _shown(value: Any) -> str:
     if _is_number(value):
         return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} = {_shown(inner)}" for name, inner in _flat(value).items())
+        return ", ".join(f"{plain(name)} = {_shown(inner)}" for name, inner in _flat(value).items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(_shown(inner) for inner in value)
-    return str(value)
+    return plain(str(value))
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name) or plain(name)
 
 
 def _table(rows: Sequence[_Row]) -> str:
-    """Without the columns in which no row has anything."""
+    """Of cells that are Markdown already, without the columns in which no row has anything."""
     columns = [
         c
         for c in dict.fromkeys(c for row in rows for c in row)
@@ -243,4 +249,4 @@ def _table(rows: Sequence[_Row]) -> str:
     if len(columns) < 2:
         return ""
     lines = [columns, ["---"] * len(columns), *([row.get(column, _NOTHING) for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

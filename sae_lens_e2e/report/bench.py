@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,10 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from sae_lens_e2e.columns import column_of
-from sae_lens_e2e.evaluation.tokens import Setting
-from sae_lens_e2e.loading import load_documents, load_model, tokenised
-from sae_lens_e2e.report.sources import Member, Skipped, one_line
+from sae_lens_e2e.errors import one_line
+from sae_lens_e2e.evaluation.tokens import Setting, token_batches
+from sae_lens_e2e.loading import held_out_documents, load_model, model_settings
+from sae_lens_e2e.report.sources import Member, Skipped
 from sae_lens_e2e.report.store import fingerprint, fingerprint_of_module
 from sae_lens_e2e.splice import Site, SplicedModel, check_sites
 
@@ -31,6 +32,8 @@ class Bench:
     batch_size_prompts: int
     identity: str
     """A digest of the model's weights and of the tokens."""
+    caveat: str | None = None
+    """What keeps one from being sure that no SAE was trained on the tokens."""
 
     @property
     def short_model_name(self) -> str:
@@ -60,6 +63,7 @@ def set_up(
     max_tokens: int,
     batch_size_prompts: int,
     device: str,
+    trust_remote_code: bool = False,
 ) -> tuple[Bench, list[Member], list[Skipped]]:
     """Load the model and data that SAEs are to be measured on, and say which SAEs do not fit.
 
@@ -69,23 +73,22 @@ def set_up(
     """
     metadata = members[0].sae.cfg.metadata
     model_name = model if isinstance(model, str) else metadata.model_name
-    if model is None and model_name is None:
-        raise ValueError("the SAEs' metadata name no model; say which with model=")
     dataset_name = dataset if isinstance(dataset, str) else _dataset_name(members, given=dataset is not None)
     if not isinstance(model, HookedRootModule):
-        assert model_name is not None
-        kwargs = metadata.model_from_pretrained_kwargs
-        model = load_model(model_name, device, metadata.model_class_name or "HookedTransformer", kwargs)
+        model = load_model(device=device, **model_settings(metadata, model_name, trust_remote_code))
     setting = _setting(members, model)
     splice = SplicedModel(model)
     splice.check_hook(setting.hook_name)
     setting.check(splice.n_ctx)
-    documents = load_documents(dataset_name)[1] if isinstance(dataset, str) or dataset is None else dataset
-    tokens = _tokens(documents, model, setting.context_size, max_tokens, batch_size_prompts)
+    caveat = None
+    if dataset is None or isinstance(dataset, str):
+        dataset, caveat = held_out_documents({member.name: member.sae for member in members}, dataset_name)
+    tokens = _tokens(dataset, model, setting, max_tokens, batch_size_prompts)
     kept, skipped = _fitting(members, splice, setting.site)
     identity = f"{fingerprint_of_module(model)}-{fingerprint({'tokens': tokens})}"
     batch_size = min(batch_size_prompts, len(tokens))
-    return Bench(model, str(model_name), dataset_name, setting, tokens, batch_size, identity), kept, skipped
+    bench = Bench(model, str(model_name), dataset_name, setting, tokens, batch_size, identity, caveat)
+    return bench, kept, skipped
 
 
 def _dataset_name(members: Sequence[Member], given: bool) -> str:
@@ -105,24 +108,23 @@ def _setting(members: Sequence[Member], model: HookedRootModule) -> Setting:
 
 
 def _tokens(
-    documents: Dataset, model: HookedRootModule, context_size: int, max_tokens: int, batch_size_prompts: int
+    documents: Dataset, model: HookedRootModule, setting: Setting, max_tokens: int, batch_size_prompts: int
 ) -> Int[Tensor, "prompts pos"]:
     """The first prompts of a dataset, as many whole batches as `max_tokens` allows."""
     if not isinstance(documents, Dataset):
         raise ValueError(f"dataset is a {type(documents).__name__}; give a datasets.Dataset, or a name")
-    rows = tokenised(documents, model, context_size)
-    n_prompts = min(len(rows), max_tokens // context_size)
-    n_prompts -= n_prompts % batch_size_prompts if n_prompts > batch_size_prompts else 0
-    if n_prompts == 0:
+    context_size = setting.context_size
+    if max_tokens < context_size:
         raise ValueError(
-            f"there are {len(rows)} prompts of {context_size} tokens, and max_tokens={max_tokens}; give more of what is short"
+            f"max_tokens={max_tokens} is less than a prompt of the SAEs' context_size={context_size}; raise it"
         )
-    prompts = rows.select(range(n_prompts))[column_of(rows.column_names).name]
-    if (shortest := min(map(len, prompts))) < context_size:
+    prompts = list(islice(token_batches(documents, model, setting, batch_size_prompts=1), max_tokens // context_size))
+    if (shortest := min(prompt.shape[1] for prompt in prompts)) < context_size:
         raise ValueError(
             f"the dataset has a row of {shortest} tokens, fewer than the SAEs' context_size={context_size}"
         )
-    return torch.tensor([list(prompt[:context_size]) for prompt in prompts], dtype=torch.long)
+    left_over = len(prompts) % batch_size_prompts if len(prompts) > batch_size_prompts else 0
+    return torch.cat(prompts[: len(prompts) - left_over])
 
 
 def _fitting(members: Sequence[Member], splice: SplicedModel, site: Site) -> tuple[list[Member], list[Skipped]]:

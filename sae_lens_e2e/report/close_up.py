@@ -9,12 +9,13 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.features import FeatureSums
 from sae_lens_e2e.evaluation.running import in_prompts, inference
 from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.evaluations import ALIVE_TOKENS
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import Member, one_line
+from sae_lens_e2e.report.sources import Member
 from sae_lens_e2e.report.store import Store, digest
 from sae_lens_e2e.studies.agreement import TEMPLATES, agreement_pairs
 from sae_lens_e2e.studies.contrast import tokenizer_of
@@ -165,6 +166,6 @@ def _noting(results: Results, what: str, measured: Callable[..., Result], *argum
     """What is measured, or None and a note of why it could not be."""
     try:
         return measured(*arguments)
-    except ValueError as error:
+    except Exception as error:  # what cannot be measured does not concern the rest
         results.notes.append(f"{what} could not be measured: {one_line(error)}")
         return None

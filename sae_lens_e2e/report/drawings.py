@@ -10,13 +10,12 @@ import pandas as pd
 import plotly.io
 from sae_lens import logger
 
+from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation import evaluation_frame, firing_frame, layers_frame
 from sae_lens_e2e.figures import FIGURES, FigureKind, figure_kind, history_frame, save
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import one_line
 from sae_lens_e2e.studies.directions import directions_frame
 from sae_lens_e2e.studies.geometry import geometry_frame
-from sae_lens_e2e.training.history import read_history
 
 FOLDER = "figures"
 
@@ -45,7 +44,7 @@ def drawings(results: Results, names: Sequence[str] | None, folder: Path) -> Ite
             continue
         try:
             drawn = _drawing(kind, frames[kind.frame], folder)
-        except ValueError as error:
+        except Exception as error:  # a figure that cannot be drawn does not concern the others
             results.notes.append(f"The figure {name} could not be drawn: {one_line(error)}")
             logger.warning(results.notes[-1])
             continue
@@ -61,7 +60,7 @@ def _frames(results: Results) -> dict[str, Any]:
     """What makes each frame; of evaluations all SAEs are in it, of everything else those that are looked at closely."""
     labels = results.labels
     close = {labels[name]: results.evaluations[name] for name in results.compared if results.evaluations}
-    histories = {labels[one.name]: read_history(one.folder) for one in results.close if one.folder is not None}
+    histories = {labels[one.name]: one.history for one in results.close}
     return {
         "evaluation": partial(evaluation_frame, results.evaluations),
         "layers": partial(layers_frame, close),

@@ -8,7 +8,8 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_lens_e2e.evaluation import Evaluation, evaluate_many
+from sae_lens_e2e.errors import one_line
+from sae_lens_e2e.evaluation import Evaluation, evaluate_each
 from sae_lens_e2e.evaluation.files import read_evaluation
 from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.results import Results
@@ -29,11 +30,13 @@ def evaluate_all(results: Results, bench: Bench, store: Store, verbose: bool) ->
     known = {name: one for name, key in keys.items() if (one := store.get(key, Evaluation.from_dict)) is not None}
     unknown = [member for member in results.members if member.name not in known]
     beside = {member.name: one for member in unknown if (one := stored_evaluation(member, bench)) is not None}
-    new = _evaluate([member for member in unknown if member.name not in beside], bench, verbose)
+    new = _evaluate(results, [member for member in unknown if member.name not in beside], bench, verbose)
+    if not (found := (*new.values(), *known.values(), *beside.values())):
+        raise _none_left(results)
     # That something was stored for other tokens, or another model, shows in the loss of the model without an SAE.
-    clean = next(one.ce_loss_without_sae for one in (*new.values(), *known.values(), *beside.values()))
+    clean = found[0].ce_loss_without_sae
     beside = {name: one for name, one in beside.items() if math.isclose(one.ce_loss_without_sae, clean, rel_tol=_SAME)}
-    new |= _evaluate(_without(results.members, {*known, *beside, *new}), bench, verbose)
+    new |= _evaluate(results, _without(results.members, {*known, *beside, *new}), bench, verbose)
     for name, one in new.items():
         store.put(keys[name], one.to_dict())
     results.reused = [member.name for member in results.members if member.name in beside]
@@ -67,13 +70,21 @@ def _key(member: Member, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _evaluate(members: Sequence[Member], bench: Bench, verbose: bool) -> dict[str, Evaluation]:
+def _evaluate(results: Results, members: Sequence[Member], bench: Bench, verbose: bool) -> dict[str, Evaluation]:
+    """Evaluate those that can be, and skip the others."""
+
+    def skip(name: str, error: Exception) -> None:
+        results.members.remove(results.member(name))
+        results.compared = [one for one in results.compared if one != name]
+        results.skipped.append(Skipped(name, f"it cannot be evaluated: {one_line(error)}"))
+
     if not members:
         return {}
-    return evaluate_many(
+    return evaluate_each(
         {member.name: member.sae for member in members},
         bench.model,
         bench.dataset,
+        skip,
         batch_size_prompts=bench.batch_size_prompts,
         alive_tokens=ALIVE_TOKENS,
         verbose=verbose,
@@ -96,8 +107,12 @@ def _take(results: Results, evaluations: Mapping[str, Evaluation], model_name: s
         described = {"objective": member.objective, "sparsity": member.sparsity, "model_name": model_name}
         results.evaluations[member.name] = replace(found, **described)
     if not results.members:
-        last = results.skipped[-1]
-        raise ValueError(f"no SAE is left to report on; {last.name}: {last.reason}")
+        raise _none_left(results)
+
+
+def _none_left(results: Results) -> ValueError:
+    last = results.skipped[-1]
+    return ValueError(f"no SAE is left to report on; {last.name}: {last.reason}")
 
 
 def _useless(found: Evaluation) -> str | None:

@@ -36,6 +36,8 @@ def measure_all(
     Raises ValueError if no SAE has a live feature.
     """
     results = Results(list(members), list(skipped), compared=[member.name for member in members])
+    damaged = {member.name: member.history_damage for member in members if member.history_damage is not None}
+    results.notes += [f"The course of training of {name} is left out: {why}" for name, why in damaged.items()]
     alive = {}
     if "evaluation" in measures:
         alive = evaluate_all(results, bench, store, verbose)

@@ -43,6 +43,7 @@ def make_report(
     title: str | None = None,
     batch_size_prompts: int = BATCH_SIZE_PROMPTS,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     verbose: bool = True,
 ) -> Path:
     """Measure SAEs and write one self-contained HTML file on them; what it is made of goes into a folder beside it.
@@ -59,6 +60,7 @@ def make_report(
     title: of the page.
     batch_size_prompts: prompts a forward pass.
     device: where the model and the SAEs are run.
+    trust_remote_code: load the model with whatever the SAEs' metadata say, even if that runs code of the model's repository.
     verbose: show progress.
 
     An SAE that cannot be used is left out, and the page says why. Raises ValueError or OSError, before anything is measured, for a
@@ -70,7 +72,7 @@ def make_report(
     check_figures(figures)
     _check_output(output)
     members, skipped = collect(sources, device, hook_name, any_model=model is not None)
-    bench, members, misfits = set_up(members, model, dataset, max_tokens, batch_size_prompts, device)
+    bench, members, misfits = set_up(members, model, dataset, max_tokens, batch_size_prompts, device, trust_remote_code)
     folder = output.with_name(f"{output.stem}_data")
     results = measure_all(members, [*skipped, *misfits], bench, Store(folder / "measured"), measures, verbose)
     found, made = findings(results), list(tables(results))
@@ -83,6 +85,7 @@ def make_report(
         "measures": None if set(measures) == set(MEASURES) else list(measures),
         "figures": None if figures is None else list(figures),
         "title": title,
+        "trust-remote-code": True if trust_remote_code else None,
     }
     page = render(
         title or f"SAEs at {bench.setting.hook_name} of {bench.short_model_name}",

@@ -65,6 +65,7 @@ def facts(results: Results, bench: Bench) -> list[tuple[str, str]]:
         ("language model", bench.short_model_name),
         ("hook", bench.setting.hook_name),
         ("dataset, held-out part", "/".join(Path(bench.dataset_name).parts[-2:])),
+        *([("caution", bench.caveat)] if bench.caveat else []),
         ("tokens", f"{bench.n_tokens:,} in prompts of {bench.setting.context_size}"),
         ("SAEs", f"{len(results.members)}" + (f", {len(results.skipped)} left out" if results.skipped else "")),
         *(("CE loss of the model alone", f"{loss:.4f} nats a token") for loss in clean),

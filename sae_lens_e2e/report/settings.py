@@ -10,6 +10,7 @@ from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
+from sae_lens_e2e.markdown import one_line_of
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member
 from sae_lens_e2e.report.table import Column, Table
@@ -59,16 +60,18 @@ def training_commands(members: Sequence[Member]) -> list[str]:
     for member in members:
         folder = member.folder
         if folder is None:
-            commands[f"# {member.source} was trained with Apollo's library, by its final_config.yaml"] = None
+            commands[f"# {one_line_of(member.source)} was trained with Apollo's library, by its final_config.yaml"] = (
+                None
+            )
             continue
         sweep = next((folder.parent / name for name in _SWEEP_FILES if (folder.parent / name).is_file()), None)
         if sweep is not None:
-            commands[f"sae-lens-e2e sweep {shlex.quote(str(sweep))} OUTPUT"] = None
+            commands[f"sae-lens-e2e sweep {_quoted(str(sweep))} OUTPUT"] = None
         elif (folder / RUNNER_CFG_FILENAME).is_file():
-            config = shlex.quote(str(folder / RUNNER_CFG_FILENAME))
-            commands[f"sae-lens-e2e train --config {config} --output_path OUTPUT/{shlex.quote(member.name)}"] = None
+            config = _quoted(str(folder / RUNNER_CFG_FILENAME))
+            commands[f"sae-lens-e2e train --config {config} --output_path OUTPUT/{_quoted(member.name)}"] = None
         else:
-            commands[f"# {member.source} does not say what it was trained with"] = None
+            commands[f"# {one_line_of(member.source)} does not say what it was trained with"] = None
     return list(commands)
 
 
@@ -76,10 +79,21 @@ def report_command(sources: Sequence[str | Path], flags: Mapping[str, Any]) -> s
     """The command that makes the report again; flags whose value is None are left out, and what has no name is '...'."""
     parts = ["sae-lens-e2e", "report", *map(str, sources)]
     for flag, value in flags.items():
+        if value is True:
+            parts.append(f"--{flag}")
+            continue
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         texts = [str(one) if isinstance(one, str | int | Path) else "..." for one in values]
         parts += [f"--{flag}", *texts] if texts else []
-    return shlex.join(parts)
+    return " ".join(map(_quoted, parts))
+
+
+def _quoted(text: str) -> str:
+    """An argument as a shell takes it, in one line whatever is in it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in escaped) + "'"
 
 
 def versions() -> dict[str, str]:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_lens_e2e.apollo.run_config import CONFIG_FILENAME, read_run_config
 from sae_lens_e2e.apollo.sources import find
+from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.one_pass import sparsity_settings
 from sae_lens_e2e.evaluation.running import check_evaluable
 from sae_lens_e2e.loading.saes import is_sae_folder, load_saes
 from sae_lens_e2e.report.store import digest, fingerprint_of_module
-from sae_lens_e2e.sweep.run import CHECKPOINTS, FAILURE_FILENAME
+from sae_lens_e2e.sweep.folders import CHECKPOINTS, FAILURE_FILENAME
+from sae_lens_e2e.training.history import read_history
+from sae_lens_e2e.yaml_file import read_yaml
 
 LOCAL = "local"
 # The paper's order, before objectives of other names.
@@ -44,7 +46,8 @@ class Member:
     @property
     def objective(self) -> str:
         """The name of its objective; 'local', which is what SAELens trains, if its metadata name none."""
-        return str((self.sae.cfg.metadata.objective or {}).get("name") or LOCAL)
+        named = self.sae.cfg.metadata.objective or {}
+        return str((named.get("name") if isinstance(named, Mapping) else named) or LOCAL)
 
     @cached_property
     def sparsity(self) -> dict[str, float]:
@@ -54,7 +57,25 @@ class Member:
     @property
     def seed(self) -> int | None:
         """The seed it was trained with, if that is known."""
-        return self.config.get("seed")
+        seed = self.config.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The log of its training; nothing if it has none, or that is damaged."""
+        return self._history[0]
+
+    @property
+    def history_damage(self) -> str | None:
+        """What is wrong with the log of its training, if anything is."""
+        return self._history[1]
+
+    @cached_property
+    def _history(self) -> tuple[list[dict[str, Any]], str | None]:
+        try:
+            return (read_history(self.folder) if self.folder is not None else []), None
+        except (OSError, ValueError) as error:
+            return [], one_line(error)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,16 +133,14 @@ def _load(name: str, place: str, device: str, hook_name: str | None) -> list[Mem
         config = _config(place)
         chosen = {hook: sae for hook, sae in saes.items() if hook_name in (None, hook)}
         named = {f"{name}@{hook}" if len(chosen) > 1 else name: sae for hook, sae in chosen.items()}
-        for sae in named.values():
-            _check_usable(name, sae)
+        members = [Member(full_name, place, sae, config) for full_name, sae in named.items()]
+        for member in members:
+            _check_usable(name, member.sae)
+            # What is in the metadata has been written by anyone.
+            _ = (_order(member), member.kind, member.fingerprint)
     except Exception as error:  # whatever is wrong with one SAE does not concern the others
         return Skipped(name, one_line(error))
-    return [Member(full_name, place, sae, config) for full_name, sae in named.items()]
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return members
 
 
 def objective_order(names: Iterable[str]) -> list[str]:
@@ -165,7 +184,7 @@ def _unusable(folder: Path) -> str | None:
     if is_sae_folder(folder) or _is_apollo_run(folder):
         return None
     if (folder / FAILURE_FILENAME).is_file():
-        return f"its training failed: {(folder / FAILURE_FILENAME).read_text().strip()}"
+        return f"its training failed: {(folder / FAILURE_FILENAME).read_text(errors='replace').strip()}"
     if (folder / CHECKPOINTS).is_dir():
         return "its training is not finished; run the sweep again"
     for missing, present in ((SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME), (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME)):
@@ -193,9 +212,10 @@ def _config(place: str) -> Mapping[str, Any]:
     """The settings that an SAE was trained with, or nothing if they are not there."""
     try:
         if is_sae_folder(place):
-            return json.loads((Path(place) / RUNNER_CFG_FILENAME).read_text())
+            config = read_yaml(Path(place) / RUNNER_CFG_FILENAME)
+            return config if isinstance(config, dict) else {}
         return read_run_config(find(place).config)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return {}
 
 

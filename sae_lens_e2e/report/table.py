@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae_lens_e2e.markdown import one_line_of, plain
+
 NOTHING = "—"
 Cell = str | int | float | None
 
@@ -69,8 +71,8 @@ class Table:
         rows = [[column.title for column in self.columns]]
         rows.append(["---" if column.format is None else "---:" for column in self.columns])
         rows += [row for group in self.texts for row in group]
-        lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
-        return "\n".join([f"**{self.title}.** {self.note}".rstrip(), "", *lines, ""])
+        lines = ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
+        return "\n".join([f"**{plain(self.title)}.** {plain(self.note)}".rstrip(), "", *lines, ""])
 
     def to_latex(self) -> str:
         r"""A `table` environment, for a preamble with \usepackage{booktabs}."""
@@ -119,4 +121,4 @@ _SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
 
 def latex(text: str) -> str:
     """Text as LaTeX sets it, a minus before a number as a minus."""
-    return _SPECIAL.sub(lambda found: _LATEX[found[0]], re.sub(r"(?<!\w)-(?=\d)", "−", text))
+    return _SPECIAL.sub(lambda found: _LATEX[found[0]], re.sub(r"(?<!\w)-(?=\d)", "−", one_line_of(text)))

@@ -1,5 +1,6 @@
 """The tables of the paper, made of the SAEs at hand."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ from sae_lens_e2e.report.selection import SIMILAR, baseline_of, factor, nearest
 from sae_lens_e2e.report.sources import Member, objective_order
 from sae_lens_e2e.report.table import Cell, Column, Table
 from sae_lens_e2e.studies.pareto import comparison_frame, headline
-from sae_lens_e2e.training.history import read_history
 
 SECONDS = "details/seconds"
 """The column of a run's history that has how long it has trained."""
@@ -116,8 +116,7 @@ def training_time(results: Results) -> Table | None:
 
 def training_hours(member: Member) -> float | None:
     """How long an SAE was trained, if its history has it."""
-    history = read_history(member.folder) if member.folder is not None else []
-    seconds = [row[SECONDS] for row in history if SECONDS in row]
+    seconds = [row[SECONDS] for row in member.history if math.isfinite(row.get(SECONDS, math.nan))]
     return float(seconds[-1]) / 3600 if seconds else None
 
 

@@ -32,12 +32,15 @@ def check_sites(
     with frozen(model.model), torch.enable_grad():
         # Two prompts, so that what is the same for all shows, and a length that is seldom a number of heads.
         clean = model.clean(model.probe_tokens(7).repeat(2, 1), sites.values(), hooks)
+        # Attention has a number of heads where others have tokens, and a width that is a number of tokens.
+        n_fewer = max(clean.tokens.shape[1] - 1, 1)
+        shorter = model.clean(model.probe_tokens(n_fewer).repeat(2, 1), sites.values(), hooks)
         for name, site in sites.items():
             for hook in (site.read, *site.writes):
-                _check_shape(_of(name, sites) + "hook_name", hook, clean)
+                _check_shape(_of(name, sites) + "hook_name", hook, clean, shorter)
             _check_width(_of(name, sites), site, clean.at[site.read], widths[name])
         for hook in hooks:
-            _check_shape("downstream_hooks", hook, clean)
+            _check_shape("downstream_hooks", hook, clean, shorter)
         _check_depends(model, clean, sites, hooks)
 
 
@@ -66,11 +69,15 @@ def _check_places(model: SplicedModel, sites: Mapping[str, Site]) -> None:
                 )
 
 
-def _check_shape(field: str, hook: str, clean: Clean) -> None:
-    shape = tuple(clean.at[hook].shape)
-    if len(shape) < 3 or shape[:2] != clean.tokens.shape:
+def _check_shape(field: str, hook: str, *passes: Clean) -> None:
+    shapes = [tuple(clean.at[hook].shape) for clean in passes]
+    of_tokens = all(
+        len(shape) > 2 and shape[:2] == clean.tokens.shape for shape, clean in zip(shapes, passes, strict=True)
+    )
+    if not of_tokens or len({shape[2:] for shape in shapes}) > 1:
         raise ValueError(
-            f"{field}: {hook} has no activation for each token; for {tuple(clean.tokens.shape)} of them it is {shape}"
+            f"{field}: {hook} has no activation for each token; for {tuple(passes[0].tokens.shape)} of them it is {shapes[0]}; "
+            "take one of the residual stream, of an attention's z or of an MLP"
         )
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from sae_lens_e2e.errors import one_line
+from sae_lens_e2e.loading.documents import check_held_out
+from sae_lens_e2e.names import check_folder_name
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.yaml_file import read_yaml
@@ -68,16 +71,46 @@ def read_sweep(path: str | Path) -> Sweep:
     content = read_yaml(path)
     if not isinstance(content, dict) or not {"base", "grid"} <= content.keys():
         raise ValueError(f"{path} is not a sweep: it needs a 'base' and a 'grid'")
+    try:
+        return _sweep(content, path)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def _sweep(content: Mapping[str, Any], path: Path) -> Sweep:
     _refuse_unknown(content, _SECTIONS, "section")
-    _refuse_unknown(content.get("evaluation") or {}, _EVALUATION, "evaluation")
+    evaluation = content.get("evaluation") or {}
+    _refuse_unknown(evaluation, _EVALUATION, "evaluation")
+    _check_evaluation(evaluation)
+    name = content.get("name", path.stem)
+    check_folder_name("name", name)
+    if not isinstance(content["base"], Mapping):
+        raise ValueError(f"base: {content['base']!r} is not a mapping of settings to values")
     grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
+    for grid in grids:
+        if not isinstance(grid, Mapping) or not all(isinstance(key, str) for key in grid):
+            raise ValueError(
+                f"grid: {grid!r} is not a mapping of settings to values; {{}} is the one point of the base"
+            )
     points = [point for grid in grids for point in _points(content["base"], grid)]
     names = [point.name for point in points]
+    if not points:
+        raise ValueError("grid: [] has no points; {} is the one point of the base")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path}: point {twice[0]} is there twice; a field of the grid must tell them apart")
+        raise ValueError(f"point {twice[0]} is there twice; a field of the grid must tell them apart")
     for point in points:
+        check_folder_name(f"point {point.name}", point.name)
         point.config(path.parent)
-    return Sweep(content.get("name") or path.stem, tuple(points), content.get("evaluation") or {}, content)
+    return Sweep(name, tuple(points), evaluation, content)
+
+
+def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that would only be found out when all is trained."""
+    for key, value in evaluation.items():
+        if key == "held_out":
+            check_held_out(value)
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"evaluation: {key}={value!r} must be an integer, at least 1")
 
 
 def _points(base: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Point]:
@@ -98,6 +131,8 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         settings = settings.setdefault(parent, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"grid: {key} needs a mapping at {parent}, which is {settings!r}")
     settings[last] = value
 
 
@@ -107,7 +142,7 @@ def _name(chosen: Mapping[str, Any]) -> str:
         if key == "objective":
             settings = value if isinstance(value, dict) else {}
             given = {k: v for k, v in settings.items() if k != "name" and not isinstance(v, (list, dict))}
-            name = value["name"] if isinstance(value, dict) else value
+            name = settings.get("name") if isinstance(value, dict) else value
             parts.append("-".join([str(name), *(f"{k}={v}" for k, v in given.items())]))
         else:
             parts.append(f"{key.split('.')[-1]}={value}")
@@ -119,10 +154,10 @@ def _refuse_unknown_settings(settings: Mapping[str, Any]) -> None:
     _refuse_unknown(settings, [f.name for f in fields(E2EMultiRunnerConfig if several else E2ERunnerConfig)], "setting")
     _refuse_unknown(settings.get("logger") or {}, [f.name for f in fields(LoggingConfig)], "logger")
     saes = settings["saes"] if several else {"sae": settings.get("sae")}
-    if not isinstance(saes, Mapping):
+    if not isinstance(saes, Mapping) or not saes:
         raise ValueError(f"base: saes={saes!r} is not a mapping of names to SAEs")
     for name, sae in saes.items():
-        if not isinstance(sae, Mapping) or sae.get("architecture") not in SAE_TRAINING_CLASS_REGISTRY:
+        if not isinstance(sae, Mapping) or str(sae.get("architecture")) not in SAE_TRAINING_CLASS_REGISTRY:
             raise ValueError(
                 f"base: {name!r} needs an 'architecture', one of {', '.join(SAE_TRAINING_CLASS_REGISTRY)}, beside d_in and d_sae"
             )

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,44 @@ import pandas as pd
 import wandb
 import yaml
 from sae_lens import SAE, logger
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_lens_e2e.evaluation import Evaluation, evaluate_many, evaluation_frame
-from sae_lens_e2e.evaluation.files import read_evaluation, write_evaluation
-from sae_lens_e2e.loading import load_documents, load_model, tokenised
-from sae_lens_e2e.output import check_writable, write_whole, written_whole
+from sae_lens_e2e._upstream import InterruptedException
+from sae_lens_e2e.errors import kept_to, named_line
+from sae_lens_e2e.evaluation import evaluate_each, evaluate_together, evaluation_frame
+from sae_lens_e2e.evaluation.files import write_evaluation, write_together
+from sae_lens_e2e.loading import HELD_OUT, load_documents, load_model
+from sae_lens_e2e.loading.folder import load_folder
+from sae_lens_e2e.output import check_writable, locked, written_whole
 from sae_lens_e2e.splice import SplicedModel, device_of
+from sae_lens_e2e.sweep.folders import (
+    CHECKPOINTS,
+    FAILURE_FILENAME,
+    check_same,
+    checkpoints_in,
+    clean,
+    is_finished,
+    is_trained,
+    read_results,
+    record_failure,
+    saes_of,
+)
 from sae_lens_e2e.sweep.grid import AnyConfig, Sweep
+from sae_lens_e2e.training.checks import check_devices
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.loop import fit
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
 from sae_lens_e2e.training.prompts import PromptBatches, interrupting
 from sae_lens_e2e.training.runner import E2ETrainingRunner
+from sae_lens_e2e.training.setup import step_plan
 from sae_lens_e2e.training.statistics import ESTIMATED
+from sae_lens_e2e.training.step import OnFailure, reraise
 from sae_lens_e2e.training.trainer import Log
 
 AnyRunner = E2ETrainingRunner | E2EMultiTrainingRunner
 
-FAILURE_FILENAME = "failed.txt"
 RESULTS_FILENAME = "results.csv"
 SWEEP_FILENAME = "sweep.yaml"
-CHECKPOINTS = "checkpoints"
 
 # What tells apart runs that cannot share a clean pass, or not the same prompts in the same step.
 _SHARED = (
@@ -45,33 +61,40 @@ _SHARED = (
     *("seqpos_slice", "store_batch_size_prompts", "train_batch_size_tokens", "max_grad_norm", "autocast_lm"),
     *("device", "llm_device", "act_store_device", "dtype", "n_batches_for_norm_estimate"),
 )
-# What may differ between two runs of the same point.
-_VOLATILE = ("checkpoint_path", "output_path", "logger", "sae_lens_version", "sae_lens_training_version", "verbose")
 
 
 def run_sweep(sweep: Sweep, output: str | Path, *, together: int | None = None) -> pd.DataFrame:
     """Train and evaluate every point of a sweep that is not finished, each into its own folder of `output`.
 
     At most `together` SAEs are in memory at once, by default all that can share a clean pass. A point that fails leaves a
-    `failed.txt` and does not stop the others; an interruption leaves checkpoints from which the same call goes on. Gives, and
-    writes as `results.csv` beside the sweep itself, the evaluation of each finished point, a row a point. Raises ValueError, before any work, if
-    a folder holds a point with other settings.
+    `failed.txt` that says why, and does not stop the others, nor does a file of it that is damaged; an interruption leaves
+    checkpoints from which the same call goes on. Gives, and writes as `results.csv` beside the sweep itself, the evaluation of each
+    finished point, a row a point. Raises, before any work, ValueError if a folder holds a point with other settings,
+    BlockingIOError if another process is at work on the sweep.
     """
-    output = Path(output)
     check_writable(output)
+    with locked(output):
+        return _run_sweep(sweep, Path(output), together)
+
+
+def _run_sweep(sweep: Sweep, output: Path, together: int | None) -> pd.DataFrame:
     configs = {point.name: point.config(output / point.name) for point in sweep.points}
+    checked = {name: check_same(output / name, cfg) for name, cfg in configs.items()}
     for name, cfg in configs.items():
-        _check_same(output / name, cfg)
-    todo = {name: cfg for name, cfg in configs.items() if not _is_finished(output, name, cfg)}
+        clean(output / name, cfg)
+    todo = {name: cfg for name, cfg in configs.items() if not is_finished(output, name, cfg)}
     logger.info(f"{len(configs) - len(todo)} of {len(configs)} points are finished")
+    for name, damage in checked.items():
+        if damage is not None and todo.pop(name, None) is not None:
+            record_failure(output, name, ValueError(damage))
     for group in groups(todo, together):
         _run_group(sweep, output, {name: configs[name] for name in group})
     results = read_results(output, [sae for name, cfg in configs.items() for sae in saes_of(name, cfg)])
     frame = evaluation_frame(results)
     if results:
-        with written_whole(output) as partial:
-            frame.to_csv(partial / RESULTS_FILENAME, index=False)
-            (partial / SWEEP_FILENAME).write_text(yaml.safe_dump(dict(sweep.content), sort_keys=False))
+        with written_whole(output) as folder:
+            frame.to_csv(folder / RESULTS_FILENAME, index=False)
+            (folder / SWEEP_FILENAME).write_text(yaml.safe_dump(dict(sweep.content), sort_keys=False))
     return frame
 
 
@@ -96,61 +119,53 @@ def _estimates(cfg: AnyConfig) -> list[Any]:
     return [[hooks[name], normalize] for name, normalize in found.items()]
 
 
-def read_results(output: str | Path, names: Sequence[str]) -> dict[str, Evaluation]:
-    """The evaluations of those points that are finished."""
-    found = {name: read_evaluation(Path(output) / name) for name in names}
-    return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
-
-
-def failures(output: str | Path, names: Sequence[str]) -> dict[str, str]:
-    """What stopped those points that failed."""
-    files = {name: Path(output) / name / FAILURE_FILENAME for name in names}
-    return {name: file.read_text().strip() for name, file in files.items() if file.is_file()}
-
-
 def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, AnyConfig]) -> None:
-    def fail(name: str, error: Exception) -> None:
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        logger.error(f"point {name} failed: {message}")
-        write_whole(output / name / FAILURE_FILENAME, message + "\n")
-
+    fail = partial(record_failure, output)
     for name in configs:
         (output / name / FAILURE_FILENAME).unlink(missing_ok=True)
+    first = next(iter(configs.values()))
     try:
-        model, prompts, held_out = _model_and_data(sweep, next(iter(configs.values())))
-    except (OSError, ValueError) as error:
+        model, documents, held_out = _model_and_data(sweep, first)
+        splice = SplicedModel(model, first.model_kwargs)
+    except Exception as error:
         for name in configs:
             fail(name, error)
         return
     runners: dict[str, AnyRunner] = {}
-    trained = [name for name, cfg in configs.items() if _is_trained(output, name, cfg)]
-    splice = SplicedModel(model, next(iter(configs.values())).model_kwargs)
+    trained = [name for name, cfg in configs.items() if is_trained(output, name, cfg)]
     for name, cfg in configs.items():
         if name in trained:
             continue
-        try:
-            runners[name] = runner_of(_without_wandb(cfg), prompts, model, splice)
-        except (OSError, ValueError, TypeError) as error:
-            fail(name, error)
+        with kept_to(name, fail):
+            runners[name] = runner_of(_without_wandb(cfg), documents, model, splice, _held_out(sweep))
     with _wandb_runs(sweep.name, {name: configs[name] for name in runners}) as wandb_runs:
         if runners:
             trained += _train_group(splice, runners, wandb_runs, fail)
         _evaluate_group(sweep, output, {name: configs[name] for name in trained}, model, held_out, wandb_runs, fail)
 
 
-def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel) -> AnyRunner:
+def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel, held_out: float) -> AnyRunner:
     """The runner of a point, of one SAE or of several."""
+    given: dict[str, Any] = {
+        "override_dataset": dataset,
+        "override_model": model,
+        "splice": splice,
+        "held_out": held_out,
+    }
     if isinstance(cfg, E2EMultiRunnerConfig):
-        return E2EMultiTrainingRunner(cfg, override_dataset=dataset, override_model=model, splice=splice)
-    return E2ETrainingRunner(cfg, override_dataset=dataset, override_model=model, splice=splice)
+        return E2EMultiTrainingRunner(cfg, **given)
+    return E2ETrainingRunner(cfg, **given)
 
 
 def _model_and_data(sweep: Sweep, cfg: AnyConfig) -> tuple[Any, Any, Any]:
     assert cfg.llm_device is not None
+    check_devices(cfg)
     model = load_model(cfg.model_name, cfg.llm_device, cfg.model_class_name, cfg.model_from_pretrained_kwargs)
-    kept = {"held_out": sweep.evaluation["held_out"]} if "held_out" in sweep.evaluation else {}
-    documents, held_out = load_documents(cfg.dataset_path, **kept)
-    return model, *(tokenised(part, model, cfg.context_size) for part in (documents, held_out))
+    return model, *load_documents(cfg.dataset_path, _held_out(sweep))
+
+
+def _held_out(sweep: Sweep) -> float:
+    return sweep.evaluation.get("held_out", HELD_OUT)
 
 
 def _train_group(
@@ -161,24 +176,44 @@ def _train_group(
 ) -> list[str]:
     """Train the runners' SAEs together, save those that end, and give their names."""
     leader = next(iter(runners.values()))
-    batches = PromptBatches(leader.activations_store, leader.cfg.prompts_per_step)
+    batches = PromptBatches(leader.activations_store, leader.cfg.prompts_per_step, splice.d_vocab_in)
     names: dict[Group, str] = {}
-    for name, runner in runners.items():
-        # One store for all, so that each checkpoint knows how far it was read.
-        runner.activations_store = leader.activations_store
-        names[runner.make_group(batches, _logging_to(wandb_runs.get(name)))] = name
-    resume(leader, list(names))
-    ended: list[str] = []
+    left, ended = dict(runners), []
 
     def save(group: Group) -> None:
         runner = runners[names[group]]
         runner.save_outputs(group)
         if runner.cfg.n_checkpoints == 0:
             shutil.rmtree(Path(str(runner.cfg.output_path)) / CHECKPOINTS, ignore_errors=True)
+        del left[names[group]]
         ended.append(names[group])
 
-    with splice.running(), interrupting(batches):
-        fit(splice, list(names), batches, leader.make_plan(), save, lambda group, error: fail(names[group], error))
+    def stop(name: str, error: Exception) -> None:
+        del left[name]
+        fail(name, error)
+
+    def stop_group(group: Group, error: Exception) -> None:
+        stop(names[group], error)
+
+    def living() -> list[Group]:
+        return [group for group, name in names.items() if name in left]
+
+    for name, runner in runners.items():
+        # One store for all, so that each checkpoint knows how far it was read.
+        runner.activations_store = leader.activations_store
+        with kept_to(name, stop):
+            names[runner.make_group(batches, _logging_to(wandb_runs.get(name)))] = name
+    try:
+        if names:
+            resume(leader, list(names), stop_group)
+        if living():
+            with splice.running(), interrupting(batches):
+                fit(splice, living(), batches, step_plan(leader), save, stop_group)
+    except InterruptedException:
+        raise
+    except Exception as error:  # in what they share: the model, or the data
+        for name in list(left):
+            stop(name, error)
     return ended
 
 
@@ -188,21 +223,28 @@ def _logging_to(wandb_run: Any) -> Log | None:
     return lambda figures, step: wandb_run.log(figures, step=step)
 
 
-def resume(leader: AnyRunner, groups: Sequence[Group]) -> None:
-    """Take up training where all of the points have a checkpoint, the latest if there are several, or leave it at the start."""
+def resume(leader: AnyRunner, groups: Sequence[Group], on_failure: OnFailure = reraise) -> None:
+    """Take up training where all of the points have a checkpoint, the latest if there are several, or leave it at the start.
+
+    A point whose checkpoint is damaged is given to `on_failure`, and does not go on.
+    """
     folders = [Path(str(group.first.cfg.checkpoint_path)) for group in groups]
-    common = set.intersection(*({int(path.name) for path in _checkpoints(folder)} for folder in folders))
+    common = set.intersection(*({int(path.name) for path in checkpoints_in(folder)} for folder in folders))
     if not common:
         return
-    checkpoints = [folder / str(max(common)) for folder in folders]
-    for group, path in zip(groups, checkpoints, strict=True):
-        group.load_checkpoint(path)
-    leader.activations_store.load_from_checkpoint(checkpoints[0])
+    store_is_set = False
+    for group, folder in zip(groups, folders, strict=True):
+        path = folder / str(max(common))
+        try:
+            group.load_checkpoint(path)
+            if not store_is_set:
+                leader.activations_store.load_from_checkpoint(path)
+                store_is_set = True
+        except Exception as error:  # damaged bytes fail in whatever way they happen to ask for
+            wrong = ValueError(f"checkpoint {path} is damaged ({named_line(error)}); remove it to go on without it")
+            wrong.__cause__ = error
+            on_failure(group, wrong)
     logger.info(f"going on after {max(common)} tokens")
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("*") if path.name.isdigit())
 
 
 def _evaluate_group(
@@ -217,24 +259,33 @@ def _evaluate_group(
     """Evaluate what was saved, as anyone would load it, on the held-out documents."""
     options = {key: value for key, value in sweep.evaluation.items() if key != "held_out"}
     points = {sae: name for name, cfg in configs.items() for sae in saes_of(name, cfg)}
-    saes = {sae: SAE.load_from_disk(output / sae, device=str(device_of(model))) for sae in points}
-    try:
-        results = evaluate_many(saes, model, held_out, **options) if saes else {}
-    except (ValueError, TypeError) as error:
-        for name in configs:
-            fail(name, error)
-        return
-    for sae, result in results.items():
-        write_evaluation(result, output / sae)
+    failed: set[str] = set()
+
+    def stop(sae: str, error: Exception) -> None:
+        # An SAE of a joint point that is named after the point is no point itself.
+        if points[sae] not in failed:
+            failed.add(points[sae])
+            fail(points[sae], error)
+
+    saes: dict[str, SAE[Any]] = {}
+    for sae in points:
+        with kept_to(sae, stop):
+            saes[sae] = load_folder(output / sae, str(device_of(model)))
+    for sae, result in evaluate_each(saes, model, held_out, stop, **options).items():
+        try:
+            write_evaluation(result, output / sae)
+        except OSError as error:
+            stop(sae, error)
+            continue
         if (run := wandb_runs.get(points[sae])) is not None:
             prefix = sae.removeprefix(points[sae]).removeprefix("/")
             scalars = {k: v for k, v in result.to_dict().items() if isinstance(v, (int, float))}
             run.summary.update({f"{prefix}/evaluation/{key}".lstrip("/"): value for key, value in scalars.items()})
-
-
-def saes_of(name: str, cfg: AnyConfig) -> list[str]:
-    """The SAEs of a point: one by the point's own name, or several by theirs inside its folder."""
-    return [f"{name}/{sae}" for sae in cfg.saes] if isinstance(cfg, E2EMultiRunnerConfig) else [name]
+    for name, cfg in configs.items():
+        if isinstance(cfg, E2EMultiRunnerConfig) and name not in failed:
+            with kept_to(name, fail):
+                of_point = {sae: saes[f"{name}/{sae}"] for sae in cfg.saes}
+                write_together(evaluate_together(of_point, model, held_out, **options), output / name)
 
 
 def _without_wandb(cfg: AnyConfig) -> AnyConfig:
@@ -263,32 +314,3 @@ def _wandb_runs(group: str, configs: Mapping[str, AnyConfig]) -> Iterator[dict[s
     finally:
         for run in runs.values():
             run.finish()
-
-
-def _is_finished(output: Path, name: str, cfg: AnyConfig) -> bool:
-    return all(read_evaluation(output / sae) is not None for sae in saes_of(name, cfg))
-
-
-def _is_trained(output: Path, name: str, cfg: AnyConfig) -> bool:
-    saes = [output / sae / file for sae in saes_of(name, cfg) for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)]
-    return all(file.is_file() for file in (*saes, output / name / RUNNER_CFG_FILENAME))
-
-
-def _check_same(folder: Path, cfg: AnyConfig) -> None:
-    """Raises ValueError if the folder holds a run, or part of one, with other settings."""
-    ours = json.loads(json.dumps(cfg.to_dict(), default=str))
-    for file in (folder / RUNNER_CFG_FILENAME, *folder.glob(f"{CHECKPOINTS}/*/{RUNNER_CFG_FILENAME}")):
-        theirs = json.loads(file.read_text()) if file.is_file() else ours
-        for key in sorted(ours.keys() - set(_VOLATILE)):
-            now, then = (_without_metadata(part) for part in (ours[key], theirs.get(key)))
-            if now != then:
-                raise ValueError(
-                    f"{folder} holds a run with other settings ({key}: {then!r}, now {now!r}); choose another output folder"
-                )
-
-
-def _without_metadata(value: Any) -> Any:
-    """A setting without what SAELens records in an SAE's config as it goes."""
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_metadata(part) for key, part in value.items() if key != "metadata"}

@@ -5,20 +5,111 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from datasets import DatasetDict, IterableDatasetDict
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import extract_layer_from_tlens_hook_name
 
+from sae_lens_e2e.devices import check_device
 from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import check_has_bridge
+from sae_lens_e2e.training.field_types import check_types
 from sae_lens_e2e.training.statistics import ESTIMATED
 
 MODEL_CLASSES = ("HookedTransformer", BRIDGE, "AutoModelForCausalLM")
 
 # Order of the hooks in a TransformerLens block; those between the first and the last are not told apart by name.
 _FIRST_IN_BLOCK, _LAST_IN_BLOCK = "hook_resid_pre", "hook_resid_post"
-_NOT_NEGATIVE = ("l1_coefficient", "l0_coefficient", "aux_loss_coefficient", "sparsity_coefficient")
+
+SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+# Of runner configs, their logger and the SAEs, by name: what is the least, and how that is said.
+_RANGES: tuple[tuple[tuple[str, ...], float, str], ...] = (
+    (
+        (
+            *(
+                "context_size",
+                "train_batch_size_tokens",
+                "store_batch_size_prompts",
+                "training_tokens",
+                "d_in",
+                "d_sae",
+            ),
+            *("n_batches_in_buffer", "n_batches_for_norm_estimate", "feature_sampling_window", "n_restart_cycles"),
+            *("eval_batch_size_prompts", "n_eval_batches", "wandb_log_frequency", "eval_every_n_wandb_logs"),
+            "max_iterations",
+        ),
+        1,
+        "at least 1",
+    ),
+    (
+        (
+            *("n_checkpoints", "lr_warm_up_steps", "lr_decay_steps", "dead_feature_window", "l1_warm_up_steps"),
+            *("l0_warm_up_steps", "sparsity_warm_up_steps"),
+        ),
+        0,
+        "at least 0",
+    ),
+    (("k", "lp_norm", "jumprelu_bandwidth", "jumprelu_tanh_scale", "target_l0"), 0, "a finite number above 0"),
+    (
+        (
+            *("lr", "lr_end", "adam_beta1", "adam_beta2", "dead_feature_threshold", "decoder_init_norm"),
+            *("l1_coefficient", "l0_coefficient", "aux_loss_coefficient", "sparsity_coefficient", "topk_threshold_lr"),
+            *("pre_act_loss_coefficient", "jumprelu_init_threshold", "residual_threshold"),
+        ),
+        0,
+        "a finite number that is not negative",
+    ),
+)
+
+
+def check_fields(cfg: Any, declared: type, saes: Mapping[str, TrainingSAEConfig]) -> None:
+    """Raise ValueError, naming it, for a field of a run, its logger or its SAEs that is not of its type."""
+    check_types(cfg, declared)
+    check_types(cfg.logger, type(cfg.logger), "logger.")
+    if not isinstance(saes, Mapping):
+        raise ValueError(f"saes={saes!r} must be a mapping of each SAE's name to its config")
+    for name, sae in saes.items():
+        if not isinstance(sae, TrainingSAEConfig):
+            raise ValueError(f"saes[{name!r}]={sae!r} must be a TrainingSAEConfig")
+        check_types(sae, type(sae), _of(name, saes))
+
+
+def check_devices(cfg: Any) -> None:
+    """Raise ValueError, naming the field, for a device that this machine does not have."""
+    for name in ("device", "llm_device", "act_store_device"):
+        if (device := getattr(cfg, name)) is not None:
+            check_device(name, device)
+
+
+def check_dataset(override_dataset: Any) -> None:
+    """Raise ValueError for a dataset that is given and empty, in whose place SAELens would take the config's."""
+    if override_dataset is None:
+        return
+    if isinstance(override_dataset, DatasetDict | IterableDatasetDict):
+        raise ValueError(f"override_dataset has splits ({', '.join(map(str, override_dataset))}); give one of them")
+    if next(iter(override_dataset), None) is None:
+        raise ValueError("override_dataset is empty; give it rows, or leave it out to train on dataset_path")
+
+
+class OfWholePrompts:
+    """What the config of one SAE and that of several know of their batches, which are whole prompts."""
+
+    context_size: int
+    seqpos_slice: tuple[int | None, ...]
+    train_batch_size_tokens: int
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts per optimizer step."""
+        return self.train_batch_size_tokens // self.trained_context_size
+
+    @property
+    def trained_context_size(self) -> int:
+        """Positions of each prompt that lie inside `seqpos_slice`."""
+        return len(range(self.context_size)[slice(*self.seqpos_slice)])
 
 
 def check_meaning(cfg: Any, objective: Objective, saes: Mapping[str, TrainingSAEConfig]) -> None:
@@ -56,18 +147,30 @@ def check_meaning(cfg: Any, objective: Objective, saes: Mapping[str, TrainingSAE
 
 def check_values(cfg: Any, saes: Mapping[str, TrainingSAEConfig]) -> None:
     """Raise ValueError, naming it, for a number out of its range."""
-    for name in ("context_size", "train_batch_size_tokens", "store_batch_size_prompts", "training_tokens"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name}={getattr(cfg, name)!r} must be at least 1")
     if not cfg.max_grad_norm > 0:
         raise ValueError(f"max_grad_norm={cfg.max_grad_norm!r} must be positive; float('inf') turns clipping off")
-    numbers = [("lr", cfg.lr)]
+    _check_ranges(cfg)
+    _check_ranges(cfg.logger, "logger.")
     for sae_name, sae in saes.items():
-        of = f"saes[{sae_name!r}]." if len(saes) > 1 else ""
-        numbers += [(of + name, getattr(sae, name)) for name in _NOT_NEGATIVE if hasattr(sae, name)]
-    for name, value in numbers:
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value!r} must be a finite number that is not negative")
+        of = _of(sae_name, saes)
+        _check_ranges(sae, of)
+        if (k := getattr(sae, "k", None)) is not None and k > sae.d_sae:
+            raise ValueError(f"{of}k={k!r} is more than the SAE has features, d_sae={sae.d_sae}; lower it")
+    if cfg.lr_scheduler_name.lower() not in SCHEDULERS:
+        raise ValueError(f"lr_scheduler_name={cfg.lr_scheduler_name!r} must be one of {', '.join(SCHEDULERS)}")
+
+
+def _check_ranges(config: Any, of: str = "") -> None:
+    """Raise ValueError for a field of any config that is out of the range that its name has below; None is in every range."""
+    for names, low, said in _RANGES:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not (math.isfinite(value) and (value > low if "above" in said else value >= low)):
+                raise ValueError(f"{of}{name}={value!r} must be {said}")
+            if name in _BELOW_ONE and value >= 1:
+                raise ValueError(f"{of}{name}={value!r} must be below 1")
 
 
 def check_hook_order(cfg: Any, objective: Objective, hook_name: str) -> None:
@@ -86,7 +189,7 @@ def check_hook_order(cfg: Any, objective: Objective, hook_name: str) -> None:
 
 def check_batches(cfg: Any) -> None:
     """Raise ValueError, naming the nearest that can be had, for a batch that is no whole number of forward passes."""
-    trained_context = trained_context_size(cfg)
+    trained_context = cfg.trained_context_size
     unit = cfg.store_batch_size_prompts * trained_context
     steps, rest = divmod(cfg.train_batch_size_tokens, unit) if unit else (0, 1)
     if rest == 0:
@@ -104,9 +207,9 @@ def check_batches(cfg: Any) -> None:
     )
 
 
-def trained_context_size(cfg: Any) -> int:
-    """Positions of each prompt that lie inside `seqpos_slice`."""
-    return len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+def _of(name: str, saes: Mapping[str, Any]) -> str:
+    """How the fields of one SAE are named, where there are several."""
+    return f"saes[{name!r}]." if len(saes) > 1 else ""
 
 
 def _default(name: str) -> Any:

@@ -11,16 +11,17 @@ from typing_extensions import override
 from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.training.checks import (
+    OfWholePrompts,
     check_batches,
+    check_fields,
     check_hook_order,
     check_meaning,
     check_values,
-    trained_context_size,
 )
 
 
 @dataclass
-class E2ERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
+class E2ERunnerConfig(OfWholePrompts, LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """Configuration for training a sparse autoencoder end to end: a SAELens config with an objective.
 
     Every other field means what it means in SAELens. Batches are made of whole prompts: a forward pass takes
@@ -40,6 +41,7 @@ class E2ERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     def __post_init__(self) -> None:
         self.objective = make_objective(self.objective)
         saes = {"sae": self.sae}
+        check_fields(self, E2ERunnerConfig, saes)
         check_meaning(self, self.objective, saes)
         check_values(self, saes)
         check_hook_order(self, self.objective, self.hook_name)
@@ -48,16 +50,6 @@ class E2ERunnerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         check_batches(self)
         if not named:
             self.logger.run_name = f"{self.objective.name}-{self.logger.run_name}"
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Prompts per optimizer step."""
-        return self.train_batch_size_tokens // self.trained_context_size
-
-    @property
-    def trained_context_size(self) -> int:
-        """Positions of each prompt that lie inside `seqpos_slice`."""
-        return trained_context_size(self)
 
     @override
     def to_dict(self) -> dict[str, Any]:

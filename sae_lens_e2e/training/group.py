@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from torch import Tensor
 
 from sae_lens_e2e.objectives import Batch, Objective, Part, Term
+from sae_lens_e2e.objectives.plugins import said_of
 from sae_lens_e2e.output import replaced_whole
 from sae_lens_e2e.splice import Clean, Replace, Site, SplicedModel, Where
 from sae_lens_e2e.training.clock import Clock
@@ -21,6 +22,7 @@ from sae_lens_e2e.training.output import StepOutput
 from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.step import step
+from sae_lens_e2e.training.terms import evaluated, parts_of, terms_of, weighted_sum
 from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
 
 Trainer = E2ETrainer[Any, Any]
@@ -98,9 +100,9 @@ class Group:
             batch, outputs = self._run_pass(names, clean, where, label_rate, counted)
             new = {name: output for name, output in outputs.items() if name not in counted}
             own = [loss for name in new for loss in batch.parts[name].own_losses.values()]
-            of_pass = {self._logged_as(term, names): value for term, value in self._terms(batch).items()}
-            found = _evaluated(of_pass, self.first.is_logging_step)
-            loss = _weighted_sum(of_pass, found, own)
+            of_pass = {self._logged_as(term, names): value for term, value in terms_of(self.objective, batch).items()}
+            found = evaluated(self.objective, of_pass, self.first.is_logging_step)
+            loss = weighted_sum(self.objective, of_pass, found, own)
             (share * loss).backward()
             losses.append(loss.detach())
             counted |= new
@@ -242,17 +244,6 @@ class Group:
         cfg = self.first.cfg
         return min((self.first.n_training_samples - cfg.train_batch_size_samples) / cfg.total_training_samples, 1.0)
 
-    def _terms(self, batch: Batch) -> dict[str, Term]:
-        """What the objective makes of a batch. Raises TypeError, naming it, for what are no terms."""
-        of = f"objective {self.objective.name!r} ({type(self.objective).__name__})"
-        try:
-            terms = self.objective.terms(batch)
-        except TypeError as error:
-            raise TypeError(f"{of}: {error}") from error
-        if not isinstance(terms, dict) or not all(isinstance(term, Term) for term in terms.values()):
-            raise TypeError(f"{of}: terms() must return a dict of Term by name, not {terms!r}")
-        return terms
-
     def _logged_as(self, term: str, names: Collection[str]) -> str:
         return term if len(self.passes) == 1 else f"{term}/{'+'.join(names)}"
 
@@ -260,7 +251,7 @@ class Group:
         for name, part in parts.items():
             if taken := sorted(set(terms) & part.own_losses.keys()):
                 raise ValueError(
-                    f"objective {self.objective.name!r} has a term {taken[0]!r}, which is a loss of "
+                    f"{said_of(self.objective)} has a term {taken[0]!r}, which is a loss of "
                     f"{self.trainers[name].sae.cfg.architecture()!r} already; give the term another name"
                 )
 
@@ -280,9 +271,7 @@ class Group:
             shared["mse_loss"] = output.losses["mse_loss"]
         parts: dict[str, Tensor] = {}
         if self.first.is_logging_step:
-            with torch.no_grad():
-                of_terms = {name: term.parts() for name, term in terms.items() if term.parts is not None}
-            parts = {f"{term}/{part}": value for term, found in of_terms.items() for part, value in found.items()}
+            parts = parts_of(self.objective, terms)
         coefficients = {term: value.coefficient for term, value in terms.items()}
         of_pass = StepOutput.of_pass(output, loss, shared | own, parts, coefficients, share)
         self.outputs[name] = of_pass.plus(self.outputs.get(name))
@@ -301,37 +290,12 @@ def _checked_passes(objective: Objective, names: Sequence[str]) -> list[list[str
     passes = [set(names_of_pass) for names_of_pass in objective.passes(names)]
     for of_pass in passes:
         if unknown := sorted(of_pass - set(names)):
-            raise ValueError(
-                f"objective {objective.name!r}: a pass names the SAE {unknown[0]!r}; there are {', '.join(names)}"
-            )
+            raise ValueError(f"{said_of(objective)}: a pass names the SAE {unknown[0]!r}; there are {', '.join(names)}")
     if not all(passes):
-        raise ValueError(f"objective {objective.name!r}: a pass names no SAE")
+        raise ValueError(f"{said_of(objective)}: a pass names no SAE")
     if left_out := [name for name in names if not any(name in of_pass for of_pass in passes)]:
-        raise ValueError(
-            f"objective {objective.name!r}: no pass has the SAE {left_out[0]!r}, which would not be trained"
-        )
+        raise ValueError(f"{said_of(objective)}: no pass has the SAE {left_out[0]!r}, which would not be trained")
     return [[name for name in names if name in of_pass] for of_pass in passes]
-
-
-def _evaluated(terms: Mapping[str, Term], logging: bool) -> dict[str, Tensor]:
-    """The value of every term that weighs something, and on logging steps, without gradients, of the others."""
-    # A term of coefficient 0 is logged but not differentiated: 0 · inf is NaN, and its backward pass would be for nothing.
-    values: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        if term.coefficient:
-            values[name] = term.value()
-        elif logging:
-            with torch.no_grad():
-                values[name] = term.value()
-    return values
-
-
-def _weighted_sum(terms: Mapping[str, Term], values: Mapping[str, Tensor], own_losses: Sequence[Tensor]) -> Tensor:
-    weighted = [term.coefficient * values[name] for name, term in terms.items() if term.coefficient]
-    first, *others = [*weighted, *own_losses]
-    for loss in others:
-        first = first + loss.to(first.device)
-    return first
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from sae_lens_e2e.errors import one_line
+
 FILENAME = "history.csv"
 
 
@@ -15,8 +17,17 @@ def write_history(rows: Sequence[Mapping[str, Any]], folder: str | Path) -> None
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """What `write_history` wrote; nothing where there is no such file, or nothing had been logged."""
+    """What `write_history` wrote; nothing where there is no such file, or nothing had been logged.
+
+    Raises ValueError, naming the file, for one that is damaged.
+    """
+    file = Path(folder) / FILENAME
     try:
-        return pd.read_csv(Path(folder) / FILENAME, float_precision="round_trip").to_dict("records")
+        table = pd.read_csv(file, float_precision="round_trip")
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return []
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({one_line(error)}); remove it, or copy it again") from error
+    if "step" not in table or len(table.select_dtypes("number").columns) < len(table.columns):
+        raise ValueError(f"{file} is damaged: it has something else than numbers by step; remove it, or copy it again")
+    return table.to_dict("records")

@@ -47,23 +47,34 @@ def fit(
                 prompts = next(batches)
             except InterruptedException:
                 for group in running:
-                    group.save_checkpoint(str(group.first.n_training_samples))
+                    _stands(group, lambda g: g.save_checkpoint(str(g.first.n_training_samples)), on_failure)
                 raise
-            for group in running:
-                for trainer in group.trainers.values():
-                    trainer.log_sparsity()
+            running = [group for group in running if _stands(group, _log_sparsity, on_failure)]
             running = step(model, running, prompts, plan, on_failure)
-            for group in running:
-                group.log_step()
+            running = [group for group in running if _stands(group, lambda g: g.log_step(), on_failure)]
             progress.update(tokens_per_step)
 
 
 def _finished(group: "Group", on_end: "Callable[[Group], None]", on_failure: OnFailure) -> bool:
-    if not group.is_done:
-        return False
-    try:
+    def end(group: "Group") -> None:
         group.finish()
         on_end(group)
+
+    if group.is_done:
+        _stands(group, end, on_failure)
+    return group.is_done
+
+
+def _log_sparsity(group: "Group") -> None:
+    for trainer in group.trainers.values():
+        trainer.log_sparsity()
+
+
+def _stands(group: "Group", action: "Callable[[Group], None]", on_failure: OnFailure) -> bool:
+    """Whether a group came through an action; one that raised, such as on a full disk, is given to `on_failure`."""
+    try:
+        action(group)
     except Exception as error:
         on_failure(group, error)
+        return False
     return True

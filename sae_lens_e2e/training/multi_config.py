@@ -11,20 +11,22 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
+from sae_lens_e2e.names import check_folder_name
 from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.splice import Site
 from sae_lens_e2e.training.checks import (
+    OfWholePrompts,
     check_batches,
+    check_fields,
     check_hook_order,
     check_meaning,
     check_values,
-    trained_context_size,
 )
 
 
 @dataclass
-class E2EMultiRunnerConfig(MultiSAETrainingRunnerConfig):
+class E2EMultiRunnerConfig(OfWholePrompts, MultiSAETrainingRunnerConfig):
     """Configuration for training several SAEs end to end in one spliced pass: SAELens' config, with an objective.
 
     `saes`, `hook_names` and `hook_head_indices` go by the SAEs' names, in any order of depth; any mix of architectures, several
@@ -40,6 +42,7 @@ class E2EMultiRunnerConfig(MultiSAETrainingRunnerConfig):
 
     def __post_init__(self) -> None:
         self.objective = make_objective(self.objective)
+        check_fields(self, E2EMultiRunnerConfig, self.saes)
         check_meaning(self, self.objective, self.saes)
         check_values(self, self.saes)
         for hook in self.hook_names.values() if isinstance(self.hook_names, Mapping) else [self.hook_names]:
@@ -52,20 +55,9 @@ class E2EMultiRunnerConfig(MultiSAETrainingRunnerConfig):
         self._set_head_indices(heads)
         check_batches(self)
         for name in self.saes:
-            if not name or Path(name).name != name or name.startswith("."):
-                raise ValueError(f"saes: the name {name!r} is to be a folder's; use letters, digits, - and _")
+            check_folder_name("saes", name)
         if not named:
             self.logger.run_name = f"{self.objective.name}-{self.logger.run_name}"
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Prompts per optimizer step."""
-        return self.train_batch_size_tokens // self.trained_context_size
-
-    @property
-    def trained_context_size(self) -> int:
-        """Positions of each prompt that lie inside `seqpos_slice`."""
-        return trained_context_size(self)
 
     @property
     def sites(self) -> dict[str, Site]:

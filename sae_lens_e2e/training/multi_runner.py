@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import wandb
-from sae_lens import logger
 from sae_lens.config import HfDataset, SAETrainerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
@@ -17,21 +15,23 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_e2e.objectives import Objective
-from sae_lens_e2e.output import check_writable, written_whole
+from sae_lens_e2e.output import written_whole
 from sae_lens_e2e.splice import SplicedModel
 from sae_lens_e2e.training import setup
+from sae_lens_e2e.training.checks import check_dataset, check_devices
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.history import write_history
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
-from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches
-from sae_lens_e2e.training.trainer import E2ETrainer, Log
+from sae_lens_e2e.training.same_run import check_resume
+from sae_lens_e2e.training.store import ResumableStore
+from sae_lens_e2e.training.trainer import E2ETrainer, Log, to_wandb
 
 
 class E2EMultiTrainingRunner(MultiSAETrainingRunner):
     """Trains several SAEs end to end, in one spliced pass, on a language model: SAELens' runner, for an `E2EMultiRunnerConfig`.
 
-    The SAEs' initial weights follow `cfg.seed`. Each is saved as a stock folder of its own, `output_path/NAME`. Raises
+    The SAEs' initial weights follow `cfg.seed`, and `held_out` is `E2ETrainingRunner`'s. Each is saved as a stock folder of its own, `output_path/NAME`. Raises
     ValueError at construction for whatever does not fit the model, or each other.
     """
 
@@ -46,57 +46,46 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
         splice: SplicedModel | None = None,
+        held_out: float | None = None,
     ) -> None:
         if not isinstance(cfg, E2EMultiRunnerConfig):
             raise TypeError(
                 f"cfg is a {type(cfg).__name__}; make it an E2EMultiRunnerConfig, or use SAELens' MultiSAETrainingRunner"
             )
-        setup.check_resume(cfg.resume_from_checkpoint, list(cfg.saes))
+        check_devices(cfg)
+        check_dataset(override_dataset)
+        check_resume(cfg, list(cfg.saes))
         for name in override_saes.keys() & cfg.saes.keys() if override_saes is not None else ():
             setup.check_given_sae(override_saes[name], f"override_saes[{name!r}]", cfg.saes[name])  # pyright: ignore[reportOptionalSubscript]
         model = setup.bridge_of(cfg, override_model)
         with temporary_seed(cfg.seed), setup.without_override_warning(override_model is None):
             super().__init__(cfg, override_dataset, model, override_saes)
+        self.activations_store = ResumableStore.of(self.activations_store)
+        self.held_out = held_out
         self.splice = splice or SplicedModel(self.model, cfg.model_kwargs)
         self.objective = setup.resolved_objective(cfg, self.splice, cfg.sites)
         setup.check_fits(cfg, self.splice, self.activations_store, cfg.sites, self.saes, self.objective)
 
     @override
-    def run(self) -> dict[str, TrainingSAE[Any]]:
-        """Train, save to `output_path`, and return the SAEs. Raises OSError, before training, if that cannot be written."""
-        if self.cfg.output_path is not None:
-            check_writable(self.cfg.output_path)
-        setup.start_wandb(self.cfg)
-        group = self.make_group()
-        if self.cfg.resume_from_checkpoint is not None:
-            logger.info(f"Resuming from checkpoint: {self.cfg.resume_from_checkpoint}")
-            group.load_checkpoint(self.cfg.resume_from_checkpoint)
-            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
-        with self.splice.running():
-            setup.fit_interruptibly(group)
-        self.save_outputs(group)
-        if self.cfg.logger.log_to_wandb:
-            wandb.finish()
+    def run(self, overwrite: bool = False) -> dict[str, TrainingSAE[Any]]:
+        """Train, save to `output_path`, and return the SAEs. Raises what `E2ETrainingRunner.run` raises."""
+        setup.run(self, overwrite)
         return self.saes
 
     def make_group(self, batches: PromptBatches | None = None, log: Log | None = None) -> Group:
         """What this run trains, at its first step, the SAEs' metadata filled in; in a sweep on prompts that others read too."""
         self._set_sae_metadata()
         cfg = self.cfg.to_e2e_trainer_config()
-        batches = batches or PromptBatches(self.activations_store, self.cfg.prompts_per_step)
+        batches = batches or PromptBatches(self.activations_store, self.cfg.prompts_per_step, self.splice.d_vocab_in)
         trainers = {name: self._make_trainer(name, cfg, batches, log) for name in self.saes}
         return Group(
             self.splice,
             trainers,
             self.cfg.sites,
             self.objective,
-            self.make_plan(),
+            setup.step_plan(self),
             save_checkpoint_fn=self._save_runner_checkpoint_files,
         )
-
-    def make_plan(self) -> StepPlan:
-        """How this run works through the tokens of a step."""
-        return setup.step_plan(self.cfg, self.activations_store)
 
     def save_outputs(self, group: Group) -> None:
         """Save to `output_path`, if there is one: a stock folder for each SAE, and beside them the config and history of all."""
@@ -123,7 +112,7 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
     def _make_trainer(
         self, name: str, cfg: SAETrainerConfig, batches: PromptBatches, log: Log | None
     ) -> E2ETrainer[Any, Any]:
-        sink = log or (_to_wandb if self.cfg.logger.log_to_wandb else None)
+        sink = log or (to_wandb if self.cfg.logger.log_to_wandb else None)
 
         def by_name(figures: dict[str, Any], step: int) -> None:
             assert sink is not None
@@ -142,7 +131,7 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
         for name, sae in self.saes.items():
-            setup.complete_metadata(sae, self.cfg, self.splice, self.objective)
+            setup.complete_metadata(sae, self.cfg, self.splice, self.objective, self.held_out)
             sae.cfg.metadata.name_in_run = name
         for name, sae in self.saes.items():
             sae.cfg.metadata.companions = {
@@ -150,7 +139,3 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
                 for other, s in self.saes.items()
                 if other != name
             }
-
-
-def _to_wandb(figures: dict[str, Any], step: int) -> None:
-    wandb.log(figures, step=step)

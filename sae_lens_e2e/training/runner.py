@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import wandb
-from sae_lens import logger
 from sae_lens.config import HfDataset
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG, TrainingSAE
@@ -14,14 +12,16 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_e2e.objectives import Objective
-from sae_lens_e2e.output import check_writable, written_whole
+from sae_lens_e2e.output import written_whole
 from sae_lens_e2e.splice import Site, SplicedModel
 from sae_lens_e2e.training import setup
+from sae_lens_e2e.training.checks import check_dataset, check_devices
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.history import write_history
-from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.same_run import check_resume
+from sae_lens_e2e.training.store import ResumableStore
 from sae_lens_e2e.training.trainer import E2ETrainer, Log
 
 _NAME = "sae"
@@ -30,7 +30,8 @@ _NAME = "sae"
 class E2ETrainingRunner(LanguageModelSAETrainingRunner):
     """Trains an SAE end to end on a language model: SAELens' runner, for an `E2ERunnerConfig`.
 
-    The SAE's initial weights follow `cfg.seed`. Raises ValueError at construction for whatever does not fit the model.
+    The SAE's initial weights follow `cfg.seed`. `held_out` is for the record, in the SAE's metadata: which part of the documents of
+    `cfg.dataset_path` `override_dataset` leaves out, as `load_documents` does, so that whoever evaluates the SAE takes those. Raises ValueError at construction for whatever does not fit the model.
     """
 
     cfg: E2ERunnerConfig[Any]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -45,60 +46,54 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
         splice: SplicedModel | None = None,
+        held_out: float | None = None,
     ):
         if not isinstance(cfg, E2ERunnerConfig):
             raise TypeError(
                 f"cfg is a {type(cfg).__name__}; make it an E2ERunnerConfig, or use SAELens' LanguageModelSAETrainingRunner"
             )
-        setup.check_resume(cfg.resume_from_checkpoint, [_NAME])
+        check_devices(cfg)
+        check_dataset(override_dataset)
+        check_resume(cfg, [_NAME])
         if override_sae is not None:
             setup.check_given_sae(override_sae, "override_sae", cfg.sae)
         model = setup.bridge_of(cfg, override_model)
         with temporary_seed(cfg.seed), setup.without_override_warning(override_model is None):
             super().__init__(cfg, override_dataset, model, override_sae)
+        self.activations_store = ResumableStore.of(self.activations_store)
         if override_sae is None and cfg.from_pretrained_path is not None:
             setup.check_given_sae(self.sae, f"from_pretrained_path={cfg.from_pretrained_path!r}", cfg.sae)
         self.site = Site.of_sae(cfg.hook_name, cfg.hook_head_index)
+        self.held_out = held_out
         self.splice = splice or SplicedModel(self.model, cfg.model_kwargs)
         sites = {_NAME: self.site}
         self.objective = setup.resolved_objective(cfg, self.splice, sites)
         setup.check_fits(cfg, self.splice, self.activations_store, sites, {_NAME: self.sae}, self.objective)
 
     @override
-    def run(self) -> TrainingSAE[Any]:
-        """Train, save to `output_path`, and return the SAE. Raises OSError, before training, if that cannot be written."""
-        if self.cfg.output_path is not None:
-            check_writable(self.cfg.output_path)
-        setup.start_wandb(self.cfg)
-        group = self.make_group()
-        if self.cfg.resume_from_checkpoint is not None:
-            logger.info(f"Resuming from checkpoint: {self.cfg.resume_from_checkpoint}")
-            group.load_checkpoint(self.cfg.resume_from_checkpoint)
-            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
-        self._compile_sae_if_needed()
-        with self.splice.running():
-            setup.fit_interruptibly(group)
-        self.save_outputs(group)
-        if self.cfg.logger.log_to_wandb:
-            wandb.finish()
+    def run(self, overwrite: bool = False) -> TrainingSAE[Any]:
+        """Train, save to `output_path`, and return the SAE.
+
+        Raises, before training, OSError if that cannot be written or another process is at work in it, FileExistsError if it holds an
+        SAE of other settings and is not to be overwritten.
+        """
+        setup.run(self, overwrite)
         return self.sae
 
     def make_group(self, batches: PromptBatches | None = None, log: Log | None = None) -> Group:
         """What this run trains, at its first step, the SAE's metadata filled in; in a sweep on prompts that others read too."""
         self._set_sae_metadata()
+        self._compile_sae_if_needed()
         trainer: E2ETrainer[Any, Any] = E2ETrainer(
             cfg=self.cfg.to_e2e_trainer_config(),
             sae=self.sae,
-            data_provider=batches or PromptBatches(self.activations_store, self.cfg.prompts_per_step),
+            data_provider=batches
+            or PromptBatches(self.activations_store, self.cfg.prompts_per_step, self.splice.d_vocab_in),
             evaluator=self.evaluator,
             save_checkpoint_fn=self.save_checkpoint,
             log=log,
         )
-        return Group(self.splice, {_NAME: trainer}, {_NAME: self.site}, self.objective, self.make_plan())
-
-    def make_plan(self) -> StepPlan:
-        """How this run works through the tokens of a step."""
-        return setup.step_plan(self.cfg, self.activations_store)
+        return Group(self.splice, {_NAME: trainer}, {_NAME: self.site}, self.objective, setup.step_plan(self))
 
     def make_trainer(self) -> E2ETrainer[Any, Any]:
         """The trainer of this run, at its first step."""
@@ -126,4 +121,4 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
-        setup.complete_metadata(self.sae, self.cfg, self.splice, self.objective)
+        setup.complete_metadata(self.sae, self.cfg, self.splice, self.objective, self.held_out)

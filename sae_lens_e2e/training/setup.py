@@ -4,17 +4,15 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import wandb
 from sae_lens import logger
-from sae_lens.constants import TRAINER_STATE_FILENAME
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.util import extract_layer_from_tlens_hook_name
 
 from sae_lens_e2e._upstream import InterruptedException
-from sae_lens_e2e.objectives import Objective
+from sae_lens_e2e.objectives import CrossEntropy, Objective
 from sae_lens_e2e.splice import Site, SplicedModel, check_sites, excluded
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, knows_hooked_transformer, load_bridge
@@ -22,9 +20,26 @@ from sae_lens_e2e.splice.positions import Positions
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches, interrupting
+from sae_lens_e2e.training.same_run import claimed
 
 # Of an SAE and the runner config's `sae`: what the runner sets, and how a new SAE starts.
 _MAY_DIFFER = ("metadata", "device", "decoder_init_norm", "jumprelu_init_threshold")
+
+
+class Runner(Protocol):
+    """A runner of one SAE or of several, as what they have in common sees it."""
+
+    cfg: Any
+    activations_store: Any
+    splice: SplicedModel
+
+    def make_group(self) -> Group:
+        """What it trains."""
+        ...
+
+    def save_outputs(self, group: Group) -> None:
+        """Save what has been trained."""
+        ...
 
 
 def bridge_of(cfg: Any, override_model: Any) -> Any:
@@ -71,6 +86,11 @@ def check_fits(
         raise ValueError(
             f"context_size={cfg.context_size} is longer than the model's, {n_ctx}; set it to {n_ctx} or less"
         )
+    if (predicted := model.unembedding.d_vocab) < (model.d_vocab_in or predicted):
+        said = f"the model reads {model.d_vocab_in} tokens and predicts {predicted}"
+        if isinstance(objective, CrossEntropy):
+            raise ValueError(f"objective {objective.name!r}: {said}, so the next token may be none of them; use 'e2e'")
+        logger.warning(f"{said}; SAEs of it can be trained, and `evaluate`, which needs the next token, refuses them")
     if not store.is_dataset_tokenized and getattr(model.model, "tokenizer", None) is None:
         raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
     check_sites(model, sites, {name: sae.cfg.d_in for name, sae in saes.items()}, objective.hooks)
@@ -89,27 +109,21 @@ def check_given_sae(sae: Any, given_as: str, wanted_cfg: Any) -> None:
             )
 
 
-def check_resume(path: str | None, names: list[str]) -> None:
-    """Raise FileNotFoundError if `path` is no checkpoint: of one SAE, or, where there are several `names`, of all."""
-    if path is None:
-        return
-    folders = [Path(path)] if len(names) == 1 else [Path(path) / name for name in names]
-    for folder in folders:
-        if not (folder / TRAINER_STATE_FILENAME).is_file():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={str(folder)!r} is not a checkpoint: it has no {TRAINER_STATE_FILENAME}"
-            )
-
-
-def step_plan(cfg: Any, store: Any) -> StepPlan:
+def step_plan(runner: Runner) -> StepPlan:
     """How a run works through the tokens of a step."""
-    positions = Positions(tuple(cfg.seqpos_slice), excluded(store.exclude_special_tokens))
+    cfg = runner.cfg
+    positions = Positions(tuple(cfg.seqpos_slice), excluded(runner.activations_store.exclude_special_tokens))
     return StepPlan(cfg.store_batch_size_prompts, positions, cfg.max_grad_norm, cfg.autocast_lm)
 
 
-def complete_metadata(sae: SAE[Any], cfg: Any, model: SplicedModel, objective: Objective) -> None:
-    """Add to what SAELens writes into an SAE's metadata: its layer, the objective, and a model that others can load."""
+def complete_metadata(
+    sae: SAE[Any], cfg: Any, model: SplicedModel, objective: Objective, held_out: float | None
+) -> None:
+    """Add to what SAELens writes into an SAE's metadata: its layer, the objective, its data, and a model that others can load."""
     metadata = sae.cfg.metadata
+    metadata.use_chat_formatting = cfg.use_chat_formatting
+    if held_out is not None:
+        metadata.held_out = held_out
     if is_bridge(model.model):
         # SAELens and SAEDashboard load no bridge; where a HookedTransformer computes the same, name that.
         hook = hooked_transformer_hook(model.model, metadata.hook_name)
@@ -122,19 +136,34 @@ def complete_metadata(sae: SAE[Any], cfg: Any, model: SplicedModel, objective: O
     metadata.objective = json.loads(json.dumps(objective.to_dict()))
 
 
-def start_wandb(cfg: Any) -> None:
-    """Start the run that SAELens logs to, if it does."""
+def run(runner: Runner, overwrite: bool) -> None:
+    """Train a runner's group and save what comes of it, with all that SAELens' runners do around it.
+
+    Raises, before training, what `claimed` raises.
+    """
+    cfg = runner.cfg
+    with claimed(cfg, overwrite):
+        if cfg.logger.log_to_wandb:
+            wandb.init(
+                project=cfg.logger.wandb_project,
+                entity=cfg.logger.wandb_entity,
+                config=cfg.to_dict(),
+                name=cfg.logger.run_name,
+                id=cfg.logger.wandb_id,
+            )
+        group = runner.make_group()
+        if cfg.resume_from_checkpoint is not None:
+            logger.info(f"Resuming from checkpoint: {cfg.resume_from_checkpoint}")
+            group.load_checkpoint(cfg.resume_from_checkpoint)
+            runner.activations_store.load_from_checkpoint(cfg.resume_from_checkpoint)
+        with runner.splice.running():
+            _fit_interruptibly(group)
+        runner.save_outputs(group)
     if cfg.logger.log_to_wandb:
-        wandb.init(
-            project=cfg.logger.wandb_project,
-            entity=cfg.logger.wandb_entity,
-            config=cfg.to_dict(),
-            name=cfg.logger.run_name,
-            id=cfg.logger.wandb_id,
-        )
+        wandb.finish()
 
 
-def fit_interruptibly(group: Group) -> None:
+def _fit_interruptibly(group: Group) -> None:
     """Train; on Ctrl-C or SIGTERM finish the step, write a checkpoint that can be resumed from, and raise."""
     assert isinstance(group.first.data_provider, PromptBatches)
     with interrupting(group.first.data_provider):

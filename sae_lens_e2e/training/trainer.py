@@ -1,5 +1,6 @@
 """SAELens' trainer for one of the SAEs that are trained end to end: all that is its own, and no loop."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import wandb
 from jaxtyping import Float, Int
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from torch import Tensor
 from typing_extensions import override
@@ -54,7 +56,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             # The same Adam in one pass over its state, where SAELens' takes a dozen with temporaries in between.
             for param_group in self.optimizer.param_groups:
                 param_group["fused"] = True
-        self.log: Log | None = log or (_to_wandb if cfg.logger.log_to_wandb else None)
+        self.log: Log | None = log or (to_wandb if cfg.logger.log_to_wandb else None)
         self.history: list[dict[str, Any]] = []
         """What SAELens would log to W&B, every `logger.wandb_log_frequency` steps, whether it does or not."""
         # Within the language model's own autocast, which is not the SAE's.
@@ -223,10 +225,45 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """As in SAELens, without writing the checkpoints again that were passed before."""
+        """As in SAELens, without writing the checkpoints again that were passed before, on this config's own schedule.
+
+        Raises ValueError if the config's training ended before the checkpoint.
+        """
         super().load_trainer_state(checkpoint_path)
+        last, total = self.n_training_samples - self.cfg.train_batch_size_samples, self.cfg.total_training_samples
+        if last >= total:
+            raise ValueError(
+                f"training_tokens={total}, but {str(checkpoint_path)!r} is after {self.n_training_samples}; set it to more"
+            )
+        self._follow_schedule(self.lr_scheduler.last_epoch)
         self.history = read_history(checkpoint_path)
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
+
+    def _follow_schedule(self, steps: int) -> None:
+        """Have the learning rate where the config's schedule has it after some steps.
+
+        Where the settings are the same that is where a checkpoint has it, since a schedule goes by steps alone.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr
+            del group["initial_lr"]
+        cfg = self.cfg
+        assert cfg.lr_end is not None
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            optimizer=self.optimizer,
+            training_steps=cfg.total_training_steps,
+            lr=cfg.lr,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+        with warnings.catch_warnings():
+            # Of torch's, that the optimizer has made no step; it made them before the checkpoint.
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(steps):
+                self.lr_scheduler.step()
 
 
 def _check_losses(sae: TrainingSAE[Any], output: TrainStepOutput) -> None:
@@ -242,5 +279,6 @@ def _check_losses(sae: TrainingSAE[Any], output: TrainStepOutput) -> None:
         )
 
 
-def _to_wandb(figures: dict[str, Any], step: int) -> None:
+def to_wandb(figures: dict[str, Any], step: int) -> None:
+    """Log to the one W&B run of the process, as SAELens does."""
     wandb.log(figures, step=step)

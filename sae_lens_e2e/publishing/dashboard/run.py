@@ -21,6 +21,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
+from sae_lens_e2e.loading.folder import load_folder
+from sae_lens_e2e.loading.metadata import model_settings
 from sae_lens_e2e.loading.saes import is_sae_folder
 from sae_lens_e2e.output import claim_output, written_whole
 from sae_lens_e2e.publishing.dashboard.driver import ERROR, JOB, MODEL, OUTPUTS, TOKENS
@@ -52,6 +54,7 @@ def make_dashboard(
     device: str | None = None,
     python: str | Path | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     verbose: bool = True,
 ) -> list[Path]:
     """Write what Neuronpedia shows of each feature: the prompts it is most active on, its logits, its density.
@@ -68,6 +71,7 @@ def make_dashboard(
     device: where SAEDashboard computes; left out, it takes what it finds.
     python: the interpreter of an environment that has sae-dashboard; left out, one is made in the user's cache folder and kept.
     overwrite: whether to write to a folder that has something else in it.
+    trust_remote_code: load the model with whatever the SAE's metadata say, even if that runs code of the model's repository.
     verbose: show SAEDashboard's progress.
 
     While it runs, SAEDashboard keeps the prompts' activations at the hook on disk, in `output`.
@@ -87,6 +91,7 @@ def make_dashboard(
     )
     sae = load_shown_sae(sae_folder, needs_dataset_path=dataset is None)
     metadata = sae.cfg.metadata
+    kwargs = model_settings(metadata, trust_remote_code=trust_remote_code)["model_from_pretrained_kwargs"]
     n_shown: int = n_features or sae.cfg.d_sae
     if n_shown > sae.cfg.d_sae:
         raise ValueError(f"n_features={n_features}: the SAE has {sae.cfg.d_sae} features; ask for no more")
@@ -120,7 +125,7 @@ def make_dashboard(
             "runner": runner,
             "n_features": n_shown,
             "hook_name": metadata.hook_name,
-            "model_from_pretrained_kwargs": metadata.model_from_pretrained_kwargs or {},
+            "model_from_pretrained_kwargs": kwargs,
         }
         run_driver(job, working, given or own_python(), verbose)
         written = list(working.glob(f"{OUTPUTS}/**/batch-*.json"))
@@ -143,7 +148,7 @@ def load_shown_sae(folder: str | Path, needs_dataset_path: bool = True) -> SAE[A
         raise ValueError(
             f"{str(folder)!r} is no SAE: it lacks cfg.json or sae_weights.safetensors; write one with save_for_neuronpedia"
         )
-    sae = SAE.load_from_disk(folder)
+    sae = load_folder(folder)
     metadata = sae.cfg.metadata
     required = [key for key in REQUIRED if needs_dataset_path or key != "dataset_path"]
     missing = [key for key in required if metadata[key] in (None, "")]

@@ -1,0 +1,118 @@
+"""Whether a run is the one that a folder holds: settings against those recorded there, and nobody else at work in it."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+
+from sae_lens_e2e.output import check_writable, clean_partials, locked
+
+MAY_DIFFER = (
+    *("output_path", "checkpoint_path", "resume_from_checkpoint", "n_checkpoints", "save_final_checkpoint"),
+    *("device", "llm_device", "act_store_device", "logger", "verbose", "prefetch_llm_batches"),
+    *("sae_lens_version", "sae_lens_training_version", "metadata"),
+)
+"""What may differ between two runs that train the same; `metadata` is what SAELens records of an SAE as it goes."""
+MAY_CHANGE = (
+    *MAY_DIFFER,
+    *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles", "training_tokens"),
+    *("n_eval_batches", "eval_batch_size_prompts", "compile_llm", "llm_compilation_mode"),
+    *("compile_sae", "sae_compilation_mode"),
+)
+"""What a run that goes on from a checkpoint may have otherwise than before: it takes effect from there."""
+
+# Settings whose keys are the user's own.
+_BY_NAME = ("saes", "hook_names", "hook_head_indices", "model_kwargs", "model_from_pretrained_kwargs")
+_ONE_OR_SEVERAL = {"hook_name", "hook_names"}
+
+
+class Difference(NamedTuple):
+    """A setting that two runs have differently."""
+
+    name: str
+    """As one writes it: `sae.l1_coefficient`."""
+    then: Any
+    now: Any
+
+
+def difference(folder: Path, cfg: Any, may_differ: Collection[str] = MAY_DIFFER) -> Difference | None:
+    """The first setting that the run recorded in `folder`, if any is, has otherwise than `cfg`. Raises ValueError for a damaged record."""
+    file = folder / RUNNER_CFG_FILENAME
+    if not file.is_file():
+        return None
+    now, then = json.loads(json.dumps(cfg.to_dict(), default=str)), json.loads(file.read_text())
+    if not isinstance(then, dict):
+        raise ValueError(f"{file} is damaged: it holds no settings")
+    return next(_differences(then, now, may_differ), None)
+
+
+def _differences(then: Any, now: Any, may_differ: Collection[str], at: str = "") -> Iterator[Difference]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        # Another version may have settings that this one lacks, and the other way round.
+        keys = then.keys() | now.keys()
+        if at not in _BY_NAME:
+            keys &= (then.keys() & now.keys()) | _ONE_OR_SEVERAL
+        for key in sorted(keys - set(may_differ), key=lambda key: (key != "name", key)):
+            yield from _differences(then.get(key), now.get(key), may_differ, f"{at}.{key}" if at else key)
+    elif then != now:
+        yield Difference(at, then, now)
+
+
+def check_resume(cfg: Any, names: Sequence[str]) -> None:
+    """Check that `resume_from_checkpoint`, if set, is a checkpoint of this run: of one SAE, or of all `names`.
+
+    Raises FileNotFoundError if it is none, ValueError, with both values, for a setting that a run cannot change on its way.
+    """
+    path = cfg.resume_from_checkpoint
+    if path is None:
+        return
+    folders = [Path(path)] if len(names) == 1 else [Path(path) / name for name in names]
+    for folder in folders:
+        if not (folder / TRAINER_STATE_FILENAME).is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={str(folder)!r} is not a checkpoint: it has no {TRAINER_STATE_FILENAME}"
+            )
+    if (other := difference(Path(path), cfg, MAY_CHANGE)) is not None:
+        raise ValueError(
+            f"{other.name}={other.now!r}, but resume_from_checkpoint={path!r} is of a run with {other.then!r}; set it to that "
+            "(lr and its schedule, training_tokens, logging, checkpoints, paths and devices may change)"
+        )
+
+
+@contextmanager
+def claimed(cfg: Any, overwrite: bool) -> Iterator[None]:
+    """Have `output_path`, if there is one, to oneself; what killed runs left half-written there and by the checkpoint is removed.
+
+    Raises OSError if it cannot be written or another process is at work in it, FileExistsError if it holds an SAE of other settings
+    that is not to be overwritten.
+    """
+    if cfg.resume_from_checkpoint is not None:
+        clean_partials(Path(cfg.resume_from_checkpoint).parent)
+    if cfg.output_path is None:
+        yield
+        return
+    check_writable(cfg.output_path)
+    with locked(cfg.output_path) as was_left:
+        folder = Path(cfg.output_path)
+        for of_run in (folder, *(folder / name for name in getattr(cfg, "saes", ()))):
+            clean_partials(of_run)
+        if not overwrite:
+            _check_overwritable(folder, cfg, was_left)
+        yield
+
+
+def _check_overwritable(folder: Path, cfg: Any, was_left: bool) -> None:
+    """Refuse to put an SAE in the place of one that was trained otherwise; parts that a killed run of ours left may go."""
+    may_differ = MAY_DIFFER if cfg.resume_from_checkpoint is None else MAY_CHANGE
+    advice = "choose another output_path, or overwrite it: run(overwrite=True), or --overwrite"
+    if (other := difference(folder, cfg, may_differ)) is not None:
+        raise FileExistsError(
+            f"output {str(folder)!r} holds a run with {other.name}={other.then!r}, and this one has {other.now!r}; {advice}"
+        )
+    for place in (folder, *(folder / name for name in getattr(cfg, "saes", ()))):
+        recorded, whole = (place / RUNNER_CFG_FILENAME).is_file(), (folder / RUNNER_CFG_FILENAME).is_file()
+        if (recorded and place != folder) or ((place / SAE_CFG_FILENAME).is_file() and not whole and not was_left):
+            raise FileExistsError(f"output {str(place)!r} holds an SAE of another run; {advice}")
