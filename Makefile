@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 
 # A process a core, each of one thread.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Runs killed some hundred times and started again, with a table of how it went: a quarter of an hour or more.
 test-long: $(INSTALLED)

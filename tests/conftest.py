@@ -11,3 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A process a core that this one may use, four at most: each takes up to 2 GB."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, unquote, urlsplit
 
+import psutil
 import pytest
 import wandb
 from huggingface_hub import constants, hf_api
@@ -86,6 +87,8 @@ def hub(files: Mapping[str, bytes]) -> Iterator[Hub]:
         patch.setattr(constants, "HF_HUB_CACHE", cache)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(hf_api.api, "endpoint", url)
+        # transformers has one of its own, which it makes when it first asks.
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         for name, value in {
             "HF_ENDPOINT": url,
             "HF_HUB_CACHE": cache,
@@ -111,12 +114,25 @@ def wandb_server(runs: Mapping[str, Mapping[str, bytes]]) -> Iterator[WandbServe
         # Its client makes a folder for every run it looks at, and writes a log.
         patch.setenv("WANDB_DIR", folder)
         patch.setenv("WANDB_CACHE_DIR", folder)
-        # Its client asks one server as long as the process lives, unless it is told to forget it.
-        wandb.teardown()
+        forget_wandb()
         try:
             yield server.contents
         finally:
-            wandb.teardown()
+            forget_wandb()
+
+
+def forget_wandb() -> None:
+    """Have W&B's client forget its server, which else it asks as long as the process lives.
+
+    Its service may go on asking a server that is gone, for hours, and the client would wait for it.
+    """
+    services = [one for one in psutil.Process().children() if one.name() == "wandb-core"]
+    kills = [threading.Timer(3, service.kill) for service in services]
+    for kill in kills:
+        kill.start()
+    wandb.teardown()
+    for kill in kills:
+        kill.cancel()
 
 
 class Server(ThreadingHTTPServer):

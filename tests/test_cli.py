@@ -1,8 +1,6 @@
 """The command line: help, config files, what is refused, and a run."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from sae_lens_e2e.evaluation.files import read_evaluation, read_together
 from sae_lens_e2e.evaluation.measures import MEASURES, SUMMARY
 from sae_lens_e2e.loading.saes import load_saes
 from tests.apollo import HOOK, golden_parameters, run_config, write_run
+from tests.processes import run_fresh
 from tests.test_loading import hugging_face_folder
 
 
@@ -160,10 +159,8 @@ def test_an_output_of_somebody_elses_is_refused_before_anything_is_loaded(
 
 
 def test_the_installed_command_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sae_lens_e2e.cli", "objectives"], capture_output=True, text=True, check=True
-    )
-    assert "e2e_ds" in done.stdout
+    done = run_fresh("-m", "sae_lens_e2e.cli", "objectives")
+    assert (done.returncode, "e2e_ds" in done.stdout) == (0, True)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,12 +1,11 @@
 """The TinyStories example and the demo's parts, run as a user would run them, on the embedded model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Done, run_script
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_tinystories.py"
@@ -14,17 +13,9 @@ SHORT = ["--tokens", "4096", "--d-sae", "128", "--context", "64", "--batch", "8"
 REFERENCE = ROOT.parent / "shared"
 
 
-def run(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: str, cwd: Path) -> Done:
     """The example in a process of its own, without a network."""
-    offline = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), *arguments],
-        cwd=cwd,
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_script(EXAMPLE, *arguments, cwd=cwd, TQDM_DISABLE="1")
 
 
 @pytest.mark.parametrize("objective", ["local", "e2e", "e2e_ds"])
@@ -65,7 +56,9 @@ def test_the_paper_preset_says_that_the_hub_is_out_of_reach(tmp_path: Path) -> N
     not (REFERENCE / "models" / "stories260K").is_dir(), reason="stories260K is not beside this checkout"
 )
 def test_a_local_transformer_lens_folder_and_a_hugging_face_one(tmp_path: Path) -> None:
-    data = ["--dataset", str(REFERENCE / "data" / "stories.jsonl")]
+    few = (REFERENCE / "data" / "stories.jsonl").read_text().splitlines()[:300]
+    (tmp_path / "stories.jsonl").write_text("\n".join(few))
+    data = ["--dataset", "stories.jsonl"]
     folder = REFERENCE / "models" / "stories260K"
     hooked = run(
         *SHORT, *data, "--model", str(folder), "--hook", "blocks.3.hook_resid_pre", "--output", "a", cwd=tmp_path

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from sae_lens_e2e import (
 from sae_lens_e2e.objectives.plugins import OWN_PACKAGE, make_objective, plugin_manager
 from sae_lens_e2e.splice import Where
 from sae_lens_e2e.splice.unembedding import LinearUnembedding
+from tests.processes import run_fresh
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin_objective"
@@ -74,16 +74,10 @@ print(json.dumps({
 """
 
 
-def run_python(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
+def run_python(*arguments: str, **environment: str) -> str:
+    run = run_fresh(*arguments, **environment)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
-    return run
+    return run.stdout
 
 
 def fake_install(site: Path, package: str, source: str) -> None:
@@ -103,10 +97,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     site = tmp_path_factory.mktemp("site")
     run_python(
-        [
-            *("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
-            *("--disable-pip-version-check", "--target", str(site), str(source)),
-        ]
+        *("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
+        *("--disable-pip-version-check", "--target", str(site), str(source)),
     )
     return site
 
@@ -116,8 +108,8 @@ def report(site: Path) -> dict[str, Any]:
     """What a fresh process sees that has the example installed, and broken plugins beside it."""
     for package, source in BROKEN.items():
         fake_install(site, package, source)
-    run = run_python(["-c", IN_A_FRESH_PROCESS], PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
-    return json.loads(run.stdout.splitlines()[-1])
+    said = run_python("-c", IN_A_FRESH_PROCESS, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
+    return json.loads(said.splitlines()[-1])
 
 
 def test_installed_plugin_is_listed_with_its_package(report: dict[str, Any]) -> None:

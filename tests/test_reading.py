@@ -140,9 +140,9 @@ class Seen:
 
     def share(self) -> float:
         """The share of the evaluated 12-grams that were trained on."""
-        trained = torch.cat(self.trained).flatten().unfold(0, 12, 1).tolist()
+        trained = set(map(tuple, torch.cat(self.trained).flatten().unfold(0, 12, 1).tolist()))
         evaluated = torch.cat(self.evaluated).unfold(1, 12, 12).flatten(0, 1).tolist()
-        return sum(gram in {tuple(one) for one in trained} for gram in map(tuple, evaluated)) / len(evaluated)
+        return sum(gram in trained for gram in map(tuple, evaluated)) / len(evaluated)
 
 
 @pytest.mark.parametrize("part", [None, 0.3, 0.0])

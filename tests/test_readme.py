@@ -1,14 +1,14 @@
 """Every Python snippet of the README runs, its diff is one that applies, and the wheel runs the first from elsewhere."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_code, run_fresh
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,11 +21,14 @@ def shortened(snippet: str) -> str:
     return TOKENS.sub(f"training_tokens={4 * 4 * 256}", snippet)
 
 
-def run(code: str, cwd: Path, python_path: str = "") -> str:
-    environment = os.environ | {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+def run(code: str, cwd: Path) -> str:
+    done = run_code(code, cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_in_fresh(code: str, cwd: Path, **environment: str) -> str:
+    done = run_fresh("-c", code, cwd=cwd, HF_HUB_OFFLINE="1", **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,7 +41,7 @@ def test_the_readme_has_the_snippets_that_are_run() -> None:
 def test_the_first_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:
     run(shortened(SNIPPETS[0]), tmp_path)
     loaded = "import sys; sys.modules['sae_lens_e2e'] = None; from sae_lens import SAE; print(SAE.load_from_disk('my_sae').cfg.d_sae)"
-    assert run(loaded, tmp_path).split()[-1] == "1024"
+    assert run_in_fresh(loaded, tmp_path).split()[-1] == "1024"
     assert json.loads((tmp_path / "my_sae" / "cfg.json").read_text())["metadata"]["objective"]["name"] == "e2e_ds"
 
 
@@ -54,7 +57,7 @@ def test_the_plugin_snippet_trains(tmp_path: Path) -> None:
     (tmp_path / "rare.py").write_text(SNIPPETS[2])
     register = "import rare; from sae_lens_e2e.objectives.plugins import plugin_manager; plugin_manager().register(rare, name='rare')\n"
     code = shortened(SNIPPETS[0]).replace('objective="e2e_ds"', 'objective="rare_kl"')
-    run(register + code + "\nprint(cfg.objective)", tmp_path, python_path=str(tmp_path))
+    run(register + code + "\nprint(cfg.objective)", tmp_path)
 
 
 def test_the_diff_from_sae_lens_makes_a_config() -> None:
@@ -77,12 +80,12 @@ def test_the_wheel_runs_the_first_snippet_from_elsewhere(tmp_path: Path) -> None
         if (ROOT / name).is_file() and name.startswith(("sae_lens_e2e/", "pyproject", "README", "LICENSE")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels), str(source)]
-    subprocess.run([*pip, *build], check=True)
+    assert run_fresh(*pip, *build).returncode == 0
     (wheel,) = wheels.glob("*.whl")
     assert wheel.stat().st_size < 4 * 2**20
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)], check=True)
-    where = run(shortened(SNIPPETS[0]) + "\nprint(embedded.__file__)", elsewhere, python_path=str(installed))
+    assert not run_fresh(*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)).returncode
+    where = run_in_fresh(shortened(SNIPPETS[0]) + "\nprint(embedded.__file__)", elsewhere, PYTHONPATH=str(installed))
     assert where.split()[-1].startswith(str(installed))
     assert (elsewhere / "my_sae" / "sae_weights.safetensors").exists()

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from sae_lens import LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig
 from safetensors.torch import load_file
 
-from sae_lens_e2e import E2ERunnerConfig, cli
+from sae_lens_e2e import E2ERunnerConfig
 from sae_lens_e2e.output import LOCK, PARTIAL, check_writable, claim_output, locked
 from sae_lens_e2e.splice import Site
 from sae_lens_e2e.training.trainer import NonFiniteLossError
 from tests.models import dataset_of, random_tokens
+from tests.processes import run_code
 from tests.training import EVERY_STEP, make_multi_runner, make_runner, multi_config, runner_config
 
 STEPS = 8
@@ -188,8 +188,7 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
 
 def test_a_lock_that_a_killed_process_left_stands_in_nobody_s_way(tmp_path: Path) -> None:
     code = f"import os; from sae_lens_e2e.output import locked\nwith locked({str(tmp_path)!r}): os.kill(os.getpid(), 9)"
-    package = str(Path(cli.__file__).parents[2])
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": package}, check=False)
+    assert run_code(code, tmp_path.parent).returncode == -signal.SIGKILL
     assert (tmp_path / LOCK).exists()
     claim_output(tmp_path)
     with locked(tmp_path) as was_left:

@@ -1,8 +1,6 @@
 """Several SAEs at different hooks: each alone and all at once, against hooks written out; and no waiting for the device."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +31,7 @@ from sae_lens_e2e.evaluation import (
 from sae_lens_e2e.evaluation.files import read_together, write_together
 from sae_lens_e2e.evaluation.moved import MOVED
 from tests.models import dataset_of, random_model, random_tokens
+from tests.processes import run_fresh
 
 N_POS, D_VOCAB = 12, 61
 TOKENS = random_tokens(8, N_POS, D_VOCAB)
@@ -348,5 +347,5 @@ try:
 except ModuleNotFoundError:
     print("done")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_fresh("-c", code)
     assert done.stdout.strip() == "done", done.stderr

@@ -1,8 +1,6 @@
 """Next-token figures without logits against all the logits: values, gradients, precision and peak memory."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from sae_lens_e2e.splice import unembedding as module
 from sae_lens_e2e.splice.unembedding import LinearUnembedding, ModuleUnembedding, Unembedding, linear_kl
 from tests.models import LOGIT_CAP, any_model, block_output, hugging_face_model, logits_of, random_model, random_tokens
 from tests.pairwise import pairwise
+from tests.processes import run_fresh
 
 N_TOKENS, D_MODEL, D_VOCAB = 13, 6, 37
 SOFT_CAP = 1.5
@@ -467,13 +466,7 @@ print(json.dumps(growth))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc to ask for the peak resident size")
 def test_peak_memory_is_a_few_chunks() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(Path(sae_lens_e2e.__file__).parent)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = run_fresh("-c", MEASURE, str(Path(sae_lens_e2e.__file__).parent))
     assert run.returncode == 0, run.stderr
     growth = json.loads(run.stdout)
     one_logits_tensor = 1024 * 50_257 * 4

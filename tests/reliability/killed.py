@@ -1,10 +1,8 @@
 """Processes that are killed, and what they leave compared with what a straight run leaves."""
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-# A copy of this process, which has imported everything already.
-_FORK = multiprocessing.get_context("fork")
+from tests.processes import ended, redirect, start
+
 _TIMES = ("seconds", "details/seconds", "tokens_per_second")
 _PATHS = ("checkpoint_path", "output_path", "resume_from_checkpoint")
 
@@ -23,12 +21,9 @@ def finished(
 ) -> bool:
     """Let a process of its own do a run; kill it after so many seconds, or at the n-th file it moves. Whether it ended well."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    process = _FORK.Process(target=_do, args=(run, out, at_move))
-    process.start()
-    assert process.pid is not None
-    process.join(killed_after)
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
+    process = start(_do, run, out, at_move)
+    if not ended(process, killed_after):
+        process.kill()
         process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
         raise AssertionError(f"the run failed instead of going on; see {out.parent / 'log'}")
@@ -43,21 +38,10 @@ def duration(run: Callable[[Path], None], out: Path) -> float:
 
 
 def _do(run: Callable[[Path], None], out: Path, at_move: int | None) -> None:
-    log = (out.parent / "log").open("a")
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(log.fileno(), stream.fileno()) if _has_descriptor(stream) else None
-    sys.stdout = sys.stderr = log
+    redirect(out.parent / "log", out.parent / "log")
     if at_move is not None:
         _die_at_move(at_move)
     run(out)
-    log.flush()
-
-
-def _has_descriptor(stream: Any) -> bool:
-    try:
-        return stream.fileno() >= 0
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _die_at_move(number: int) -> None:
