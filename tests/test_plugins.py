@@ -75,7 +75,7 @@ print(json.dumps({
 
 
 def run_python(*arguments: str, **environment: str) -> str:
-    run = run_fresh(*arguments, **environment)
+    run = run_fresh(*arguments, cwd=ROOT, **environment)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     return run.stdout
 
