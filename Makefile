@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CIRCUIT_TRACER := .venv-circuit-tracer
 
-.PHONY: demo test test-long test-dashboard lint benchmark clean
+.PHONY: demo test test-long test-dashboard test-circuit-tracer lint benchmark clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +30,16 @@ test-long: $(INSTALLED)
 test-dashboard: $(INSTALLED)
 	SAE_LENS_E2E_DASHBOARD_PYTHON=make $(BIN)/python -m pytest -m slow
 
+# circuit-tracer itself, in an environment that is made for it once: some minutes and 2 GB.
+test-circuit-tracer: $(INSTALLED) $(CIRCUIT_TRACER)/.installed
+	SAE_LENS_E2E_CIRCUIT_TRACER_PYTHON=$(CIRCUIT_TRACER)/bin/python $(BIN)/python -m pytest -m slow tests/test_circuit_tracer.py
+
+$(CIRCUIT_TRACER)/.installed: tests/circuit_tracer_requirements.txt constraints.txt
+	test -x $(CIRCUIT_TRACER)/bin/python || $(PYTHON) -m venv $(CIRCUIT_TRACER)
+	$(CIRCUIT_TRACER)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(CIRCUIT_TRACER)/bin/python -m pip install --quiet --requirement tests/circuit_tracer_requirements.txt
+	touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +51,4 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/sweep.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CIRCUIT_TRACER) build dist *.egg-info

@@ -11,14 +11,37 @@ from sae_lens_e2e.apollo import (
     load_neuronpedia_apollo_sae,
 )
 from sae_lens_e2e.architectures.going_on import training_sae_from
-from sae_lens_e2e.objectives import E2E, Batch, CrossEntropy, E2EDownstream, Local, Objective, Part, SplicedBatch, Term
+from sae_lens_e2e.architectures.transcoder import (
+    BatchTopKSkipTrainingTranscoderConfig,
+    BatchTopKTrainingTranscoderConfig,
+    JumpReLUSkipTrainingTranscoderConfig,
+    JumpReLUTrainingTranscoderConfig,
+    SkipTrainingTranscoderConfig,
+    StandardTrainingTranscoderConfig,
+)
+from sae_lens_e2e.finetuning import Finetuned, finetune
+from sae_lens_e2e.objectives import (
+    E2E,
+    Batch,
+    CrossEntropy,
+    E2EDownstream,
+    KLAndMSE,
+    Local,
+    Objective,
+    Part,
+    Schedule,
+    SplicedBatch,
+    Term,
+)
 from sae_lens_e2e.objectives.hookspecs import hookimpl
 from sae_lens_e2e.objectives.plugins import PluginWarning, RegisteredObjective, available_objectives, get_objective
+from sae_lens_e2e.publishing.circuit_tracer import save_for_circuit_tracer
 from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
 from sae_lens_e2e.training.runner import E2ETrainingRunner
+from sae_lens_e2e.training.stages import Stage, Stages
 from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
 
 __version__ = "0.1.0"
@@ -28,6 +51,8 @@ __all__ = [
     "ApolloTrainingSAE",
     "ApolloTrainingSAEConfig",
     "Batch",
+    "BatchTopKSkipTrainingTranscoderConfig",
+    "BatchTopKTrainingTranscoderConfig",
     "CrossEntropy",
     "E2EDownstream",
     "E2EMultiRunnerConfig",
@@ -35,23 +60,34 @@ __all__ = [
     "E2ERunnerConfig",
     "E2ETrainer",
     "E2ETrainingRunner",
+    "Finetuned",
+    "JumpReLUSkipTrainingTranscoderConfig",
+    "JumpReLUTrainingTranscoderConfig",
+    "KLAndMSE",
     "Local",
     "NonFiniteLossError",
     "Objective",
     "Part",
     "PluginWarning",
     "RegisteredObjective",
+    "Schedule",
+    "SkipTrainingTranscoderConfig",
     "SplicedBatch",
+    "Stage",
+    "Stages",
+    "StandardTrainingTranscoderConfig",
     "Term",
     "apollo_disk_loader",
     "apollo_huggingface_loader",
     "available_objectives",
+    "finetune",
     "get_objective",
     "hookimpl",
     "load_apollo_model",
     "load_apollo_sae",
     "load_apollo_saes",
     "load_neuronpedia_apollo_sae",
+    "save_for_circuit_tracer",
     "save_for_neuronpedia",
     "training_sae_from",
 ]

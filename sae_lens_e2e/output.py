@@ -1,6 +1,6 @@
 """Folders to write to: refused early if they cannot be written, or are somebody else's, and written whole."""
 
-import json
+import errno
 import os
 import platform
 import secrets
@@ -13,6 +13,10 @@ from typing import IO
 
 from sae_lens import logger
 from sae_lens.constants import RUNNER_CFG_FILENAME
+from safetensors import SafetensorError
+
+from sae_lens_e2e.errors import named_line
+from sae_lens_e2e.yaml_file import read_json
 
 try:
     import fcntl
@@ -24,9 +28,13 @@ PARTIAL = ".partial-"
 LOCK = ".lock"
 """A file that the process at work in a folder holds; one that is left, and that none holds, is of a killed one."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
+# Of safetensors and of torch, which have no error of their own for it.
+_UNWRITTEN = ("I/O error", "inline_container", "PytorchStreamWriter")
 
-def check_writable(path: str | Path) -> None:
-    """Raises OSError, naming the folder, if it could not be made or written in. Leaves nothing behind."""
+
+def check_writable(path: str | Path, kind: str = "output") -> None:
+    """Raises OSError, naming the folder and its kind, if it could not be made or written in. Leaves nothing behind."""
     existing = Path(path).absolute()
     while not existing.exists():
         existing = existing.parent
@@ -34,7 +42,7 @@ def check_writable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to output folder {str(path)!r}: {error.strerror or error}") from error
+        raise OSError(f"cannot write to {kind} folder {str(path)!r}: {error.strerror or error}") from error
 
 
 def check_free(path: str | Path, overwrite: bool = False) -> None:
@@ -181,6 +189,12 @@ def _partial(folder: Path) -> Iterator[Path]:
             # Not one of tempfile's, which nobody else may read: what is made in it is to be as any other file.
             partial.mkdir()
             yield partial
+        except Exception as error:
+            if _is_no_room(error):
+                raise OSError(
+                    f"cannot write to {str(folder)!r} ({named_line(error)}); see whether the disk is full, or a file may not be so large"
+                ) from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -197,6 +211,13 @@ def _made(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def _is_no_room(error: Exception) -> bool:
+    """Whether an error is one of those by which the system, safetensors and torch say that a file could not be written."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    return isinstance(error, SafetensorError | RuntimeError) and any(words in str(error) for words in _UNWRITTEN)
 
 
 def _is_running(process: int) -> bool:
@@ -219,7 +240,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _is_record(file: Path) -> bool:
     try:
-        return "objective" in json.loads(file.read_text())
+        return "objective" in read_json(file)
     except (OSError, ValueError):
         return False
 

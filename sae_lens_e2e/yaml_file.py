@@ -1,4 +1,4 @@
-"""Settings in a YAML or JSON file, or in such text."""
+"""Settings in a YAML or JSON file, or in such text, and JSON files of any kind."""
 
 import json
 import re
@@ -21,6 +21,16 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises OSError if it cannot be read, ValueError, naming it, if it is no JSON or nested too deep."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON ({error}); copy it again, or make it anew") from error
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: it is nested too deep; copy it again, or make it anew") from None
 
 
 def parse_yaml(text: str) -> Any:

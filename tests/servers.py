@@ -9,10 +9,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ import wandb
 from huggingface_hub import constants, hf_api
 
 WANDB_API_KEY = "0123456789abcdef" * 2 + "01234567"
-_OPERATION = re.compile(r"\bquery\s+(\w+)")
+_OPERATION = re.compile(r"\b(?:query|mutation)\s+(\w+)")
 
 
 @dataclass
@@ -68,7 +69,11 @@ class WandbServer:
     missing: set[str] = field(default_factory=set)
     """Stored names that are listed, and not there when asked for."""
     requests: list[tuple[str, str]] = field(default_factory=list)
-    """(GraphQL operation or "GET", path) in the order they came."""
+    """(GraphQL operation or method, path) in the order they came."""
+    taken: dict[str, str] = field(default_factory=dict)
+    """The runs that clients have begun, in the order they came: their ids, and the names they are shown by."""
+    stop: Callable[[], None] = lambda: None
+    """Go away, in the midst of whatever is asked."""
 
     def downloads(self) -> list[str]:
         """The stored names whose content was asked for, once for each time."""
@@ -101,14 +106,14 @@ def hub(files: Mapping[str, bytes]) -> Iterator[Hub]:
 
 @contextmanager
 def wandb_server(runs: Mapping[str, Mapping[str, bytes]]) -> Iterator[WandbServer]:
-    """A W&B server with `runs`, named `entity/project/run`, each with its files."""
+    """A W&B server with `runs`, named `entity/project/run`, each with its files, that takes the figures of new ones."""
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(_WandbRequest) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
         url = f"http://127.0.0.1:{server.server_port}"
-        server.contents = WandbServer(url, {run: dict(files) for run, files in runs.items()})
+        server.contents = WandbServer(url, {run: dict(files) for run, files in runs.items()}, stop=server.stop)
         patch.setenv("WANDB_BASE_URL", url)
         patch.setenv("WANDB_API_KEY", WANDB_API_KEY)
         # Its client makes a folder for every run it looks at, and writes a log.
@@ -135,9 +140,29 @@ def forget_wandb() -> None:
         kill.cancel()
 
 
+# What some W&B servers have and others lack, by the operation that asks for it.
+_NOT_HERE = {"OrganizationCoreWeaveOrganizationID": "entity", "ServerFeaturesQuery": "serverInfo"}
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     contents: Any
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any):
+        self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def stop(self):
+        """Take no more connections, and break off those there are."""
+        self.shutdown()
+        self.server_close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -149,8 +174,7 @@ def serving(request: type[BaseHTTPRequestHandler]) -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
+        server.stop()
         thread.join()
 
 
@@ -262,6 +286,8 @@ class _WandbRequest(_Request):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.wandb.requests.append((self.command, path))
+        if path == "/":
+            return self.answer(b"W&B")
         _, _, entity, project, run, name = path.split("/", 5)
         content = self.wandb.runs.get(f"{entity}/{project}/{run}", {}).get(name)
         if content is None or name in self.wandb.missing:
@@ -270,14 +296,19 @@ class _WandbRequest(_Request):
 
     def do_POST(self):
         body = self.body()
-        if urlsplit(self.path).path != "/graphql":
-            # The client's own telemetry.
-            return self.answer(b"")
+        if (path := urlsplit(self.path).path) != "/graphql":
+            # A run's figures, and the client's own telemetry.
+            self.wandb.requests.append((self.command, path))
+            return self.answer_json({"exitcode": None, "limits": {}}) if "file_stream" in path else self.answer(b"")
         asked = json.loads(body)
         operation, variables = _OPERATION.findall(asked["query"])[0], asked.get("variables") or {}
         self.wandb.requests.append((operation, "/graphql"))
         if operation in ("Viewer", "GetDefaultEntity"):
             return self.answer_json({"data": {"viewer": self._viewer()}})
+        if operation == "UpsertBucket":
+            return self.answer_json({"data": {"upsertBucket": self._taken(variables)}})
+        if operation in _NOT_HERE:
+            return self.answer_json({"data": {_NOT_HERE[operation]: None}})
         path = "/".join(str(variables.get(part)) for part in ("entity", "project", "name"))
         answers = {"Run": self._run, "RunFiles": self._files}
         if operation not in answers:
@@ -290,6 +321,15 @@ class _WandbRequest(_Request):
         if key != WANDB_API_KEY:
             return None
         return {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
+
+    def _taken(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """What a client is told of a run that it begins."""
+        # What is told later of the same run does not name it again.
+        name = self.wandb.taken.setdefault(variables["name"], variables.get("displayName") or variables["name"])
+        project = {"id": "1", "name": variables.get("project"), "entity": {"id": "1", "name": "me"}}
+        nulls = dict.fromkeys(("description", "sweepName"))
+        bucket = {"id": variables["name"], "name": variables["name"], "displayName": name, "config": "{}", **nulls}
+        return {"bucket": {**bucket, "project": project, "historyLineCount": 0}, "inserted": True}
 
     def _run(self, path: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -16,7 +16,7 @@ DOWNSTREAM = ("blocks.2.hook_resid_pre", "blocks.2.attn.hook_z", "blocks.2.hook_
 def check(model: Any, *sites: Site, hooks: tuple[str, ...] = (), widths: dict[str, int] | None = None) -> None:
     by_name = {f"sae{i}": site for i, site in enumerate(sites)}
     widths = {name: 4 if site.head_index is not None else 16 for name, site in by_name.items()} | (widths or {})
-    check_sites(SplicedModel(model), by_name, widths, hooks)
+    check_sites(SplicedModel(model), by_name, {name: (width, width) for name, width in widths.items()}, hooks)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not tell its unembedding:UserWarning")
@@ -174,7 +174,8 @@ def test_two_that_write_one_place_and_may() -> None:
     ],
 )
 def test_one_that_reads_after_its_own_write(kind: str, read: str, write: str) -> None:
-    with pytest.raises(ValueError, match=f"^it reads {read}, which comes after {write}, where it writes; swap them"):
+    said = f"^hook_name='{read}' comes after hook_name_out='{write}', and a transcoder writes later than it reads; swap them"
+    with pytest.raises(ValueError, match=said):
         check(any_model(kind), Site(read, (write,)))
 
 

@@ -151,6 +151,29 @@ def test_a_damaged_file_is_named_by_every_command(command: str, file: str, fails
     assert f"sae/{file} is damaged" in fails(command, *arguments)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"saes": ' * 5000 + "1" + "}" * 5000], ids=["open", "closed"])
+@pytest.mark.parametrize("file", ["cfg.json", "runner_cfg.json", "evaluation.json"])
+@pytest.mark.parametrize("command", ["evaluate", "convert", "report", "train"])
+def test_a_file_of_a_thousand_brackets_is_named_or_made_again(
+    command: str, file: str, content: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = save(an_sae(), tmp_path / "sae")
+    (folder / file).write_text(content)
+    arguments = {
+        "evaluate": [str(folder), "--model", "embedded", "--dataset", "embedded", "--max-tokens", "512"],
+        "convert": [str(folder), str(tmp_path / "out")],
+        "report": [str(folder), "--output", str(tmp_path / "out.html"), "--max-tokens", "512"],
+        "train": [*TRAIN[1:], "--output_path", str(folder)],
+    }[command]
+    code = main([command, *arguments])
+    last = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert code == 0 or f"sae-lens-e2e {command}: " in last[0]
+    assert not any("RecursionError" in line or "--debug" in line for line in last)
+    if file == "cfg.json" and command != "train":
+        assert code == 2
+        assert "sae/cfg.json is damaged: it is nested too deep" in last[0]
+
+
 def test_an_architecture_that_is_not_installed_is_named_with_its_file(fails: Any, tmp_path: Path) -> None:
     folder = save(an_sae(), tmp_path / "sae")
     settings = json.loads((folder / "cfg.json").read_text())

@@ -103,7 +103,12 @@ def test_sae_lens_defaults_are_accepted() -> None:
     explicit = E2ERunnerConfig(
         **(defaults | {"sae": standard(), "verbose": False, "logger": LoggingConfig(run_name="x")})
     )
-    added = {"objective", "max_grad_norm", "checkpoint_path"}  # a checkpoint path ends in a random name
+    added = {
+        "objective",
+        "max_grad_norm",
+        "hook_name_out",
+        "checkpoint_path",
+    }  # a checkpoint path ends in a random name
 
     def settings(cfg: Any) -> dict[str, Any]:
         return {k: v for k, v in cfg.to_dict().items() if k not in added}

@@ -32,6 +32,14 @@ def write_lines(path: Path) -> None:
     path.write_text("\n".join(TEXTS))
 
 
+def tabs() -> str:
+    return "n\ttext\n" + "".join(f"{n}\t{text}\n" for n, text in enumerate(TEXTS))
+
+
+def write_tabs(path: Path) -> None:
+    path.write_text(tabs())
+
+
 def write_compressed(path: Path) -> None:
     path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
 
@@ -53,6 +61,9 @@ ONE_SPLIT: dict[str, Callable[[Path], object]] = {
     "a.jsonl": write_jsonl,
     "a.parquet": lambda path: texts().to_parquet(str(path)),
     "a.csv": lambda path: texts().to_csv(str(path)),
+    "a.tsv": write_tabs,
+    "a.tsv.gz": lambda path: path.write_bytes(gzip.compress(tabs().encode())),
+    "tabs": lambda path: (path.mkdir(), write_tabs(path / "a.tsv")),
     "a.txt": write_lines,
     "a.jsonl.gz": write_compressed,
     "folder": write_folder,

@@ -584,7 +584,7 @@ def test_models_and_saes_that_do_not_fit(model: HookedTransformer) -> None:
     broken = sae_at()
     with torch.no_grad():
         broken.b_dec.fill_(torch.nan)
-    with pytest.raises(ValueError, match="not all finite"):
+    with pytest.raises(ValueError, match="b_dec holds numbers that are not finite"):
         faithfulness(broken, model, PAIRS, verbose=False)
     without_bos = word_tokenizer("The girl girls was were")
     without_bos.bos_token = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -27,9 +27,11 @@ from sae_lens_e2e.evaluation import (
     FiringHistogram,
     LayerEvaluation,
     evaluate_many,
+    evaluate_together,
     evaluation_frame,
     firing_frame,
     layers_frame,
+    together_frame,
 )
 from sae_lens_e2e.figures import (
     FIGURES,
@@ -124,8 +126,8 @@ MANY = {
 }
 
 
-def make_sae(seed: int) -> StandardSAE:
-    metadata = SAEMetadata(hook_name=HOOK, context_size=12, prepend_bos=False)
+def make_sae(seed: int, hook_name: str = HOOK) -> StandardSAE:
+    metadata = SAEMetadata(hook_name=hook_name, context_size=12, prepend_bos=False)
     torch.manual_seed(seed)
     return StandardSAE(StandardSAEConfig(d_in=16, d_sae=40, metadata=metadata))
 
@@ -135,6 +137,7 @@ def real_frames() -> dict[str, pd.DataFrame]:
     """Every frame, as it comes from two SAEs with random weights on a random model."""
     model, tokens = random_model(), random_tokens(8, 12, 61)
     saes = {"one": make_sae(0), "two": make_sae(1)}
+    several = {"one": make_sae(0), **{f"at_{i}": make_sae(i, hook_name=f"blocks.{i}.hook_mlp_out") for i in range(3)}}
     results = evaluate_many(saes, model, dataset_of(tokens), batch_size_prompts=4, verbose=False)
     geometries = {
         "one": [geometry(saes["one"]), compare(saes["one"], saes["two"], compared_with="two", kind="another seed")],
@@ -152,6 +155,9 @@ def real_frames() -> dict[str, pd.DataFrame]:
         "geometry": geometry_frame(geometries),
         "directions": directions_frame(directions),
         "history": history_frame(histories),
+        "together": together_frame(
+            {"run": evaluate_together(several, model, dataset_of(tokens), batch_size_prompts=4, verbose=False)}
+        ),
     }
 
 

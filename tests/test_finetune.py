@@ -14,7 +14,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer
 
-from sae_lens_e2e.architectures.going_on import ARCHITECTURES, training_sae_from
+from sae_lens_e2e.architectures.going_on import GOES_ON_AS, check_can_go_on, trained_as, training_sae_from
 from tests.models import dataset_of, random_model, random_tokens
 from tests.saes import COMPLETE, activations, features_and_output, inference_sae, training_sae
 from tests.training import make_runner, make_trainer, runner_config, tried_step
@@ -26,6 +26,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("topk", {"rescale_acts_by_decoder_norm": True}),
     ("jumprelu", {}),
     ("gated", {}),
+    ("abstopk", {"k": 7, "rescale_acts_by_decoder_norm": True}),
+    ("matching_pursuit", {}),
 ]
 
 
@@ -166,6 +168,63 @@ def test_finetuning_end_to_end_changes_the_sae_and_saves_one_that_loads(
     assert recorded["architecture"] == architecture
 
 
+def saved(sae: TrainingSAE[Any], folder: Path) -> SAE[Any]:
+    sae.save_inference_model(folder)
+    return SAE.load_from_disk(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("batchtopk", {"rescale_acts_by_decoder_norm": True, "aux_loss_coefficient": 0.5}),
+        ("batchtopk", {"rescale_acts_by_decoder_norm": False}),
+        ("matryoshka_batchtopk", {"use_matryoshka_aux_loss": True}),
+    ],
+)
+def test_what_was_trained_with_one_threshold_goes_on_so(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Saved as `jumprelu`; the metadata say what it was."""
+    trained: Any = training_sae(architecture, k=6.5, **settings)
+    trained.topk_threshold.fill_(1.2)
+    sae = saved(trained, tmp_path / "first")
+    assert sae.cfg.architecture() == "jumprelu"
+    again: Any = training_sae_from(sae)
+    assert again.cfg.architecture() == architecture
+    assert again.cfg.k == 6.5
+    assert {name: getattr(again.cfg, name) for name in settings} == settings
+    if architecture == "matryoshka_batchtopk":
+        assert again.cfg.matryoshka_widths == [10, 20, 40]
+    assert float(again.topk_threshold) == pytest.approx(1.2)
+    _, output = features_and_output(sae, activations())
+    assert torch.allclose(saved(again, tmp_path / "second")(activations()), output, atol=1e-5)
+
+
+def test_without_metadata_one_threshold_tells_batchtopk() -> None:
+    sae: Any = inference_sae("jumprelu")
+    assert trained_as(sae) == "jumprelu"
+    sae.threshold.data.fill_(0.7)
+    assert trained_as(sae) == "batchtopk"
+    with pytest.raises(ValueError, match="'batchtopk' needs k, which the SAE's metadata do not say"):
+        training_sae_from(sae)
+    again: Any = training_sae_from(sae, k=5)
+    # Of rows that are not of unit length, rescaling would select others.
+    assert (again.cfg.k, again.cfg.rescale_acts_by_decoder_norm) == (5, False)
+    assert training_sae_from(unit_rows(sae), k=5).cfg.rescale_acts_by_decoder_norm  # pyright: ignore[reportAttributeAccessIssue]
+    assert training_sae_from(sae, "jumprelu").cfg.architecture() == "jumprelu"
+    sae.threshold.data[0] = 0.8
+    with pytest.raises(ValueError, match="'batchtopk' has one threshold for all features, and this SAE's differ"):
+        training_sae_from(sae, "batchtopk", k=5)
+
+
+def test_what_the_metadata_record_of_training_is_gone_on_with(tmp_path: Path) -> None:
+    trained = training_sae("standard", l1_coefficient=0.03, lp_norm=0.5, l1_warm_up_steps=70)
+    again = training_sae_from(saved(trained, tmp_path))
+    assert (again.cfg.l1_coefficient, again.cfg.lp_norm, again.cfg.l1_warm_up_steps) == (0.03, 0.5, 0)
+    other = training_sae_from(SAE.load_from_disk(tmp_path), l1_coefficient=0.2)
+    assert (other.cfg.l1_coefficient, other.cfg.lp_norm) == (0.2, 0.5)
+
+
 def test_apollos_parametrisation_of_a_standard_sae_computes_the_same() -> None:
     sae = unit_rows(inference_sae("standard", apply_b_dec_to_input=False))
     trainable = training_sae_from(sae, "apollo", sparsity_coefficient=3.0, lp_norm=0.5)
@@ -213,7 +272,7 @@ def test_settings_of_the_training_config_are_taken() -> None:
         (
             "jumprelu",
             {"architecture": "apollo"},
-            "architecture='apollo' does not compute what 'jumprelu' does; leave it out$",
+            "architecture='apollo' does not compute what 'jumprelu' does; leave it out, or use 'batchtopk' or 'matryoshka_batchtopk'$",
         ),
         ("standard", {"architecture": "nonsense"}, "architecture='nonsense'"),
     ],
@@ -224,14 +283,12 @@ def test_settings_that_cannot_be_honoured(architecture: str, settings: dict[str,
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_no_inference_sae_of_the_four_architectures() -> None:
+def test_what_is_no_inference_sae_that_can_be_trained() -> None:
     with pytest.raises(ValueError, match="training SAE already; give it to the runner"):
         training_sae_from(training_sae("standard"))
-    others = sorted(SAE_CLASS_REGISTRY.keys() - set(ARCHITECTURES))
-    assert "transcoder" in others
-    transcoder: Any = SAE_CLASS_REGISTRY["transcoder"]
-    with pytest.raises(ValueError, match=r"architecture 'transcoder' .* cannot be finetuned; standard, topk"):
-        training_sae_from(transcoder[0](transcoder[1](d_in=16, d_sae=40, d_out=16, apply_b_dec_to_input=False)))
+    others = sorted(SAE_CLASS_REGISTRY.keys() - set(GOES_ON_AS))
+    with pytest.raises(ValueError, match=rf"architecture '{others[0]}' cannot be finetuned; standard, topk"):
+        check_can_go_on(others[0])
 
 
 @pytest.mark.parametrize("normalization", ["expected_average_only_in", "covariance_whitening"])

@@ -154,6 +154,6 @@ def test_what_is_nowhere_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "notes.md").write_text("no data")
     for path in (tmp_path, tmp_path / "notes.md"):
         with pytest.raises(
-            ValueError, match=r"is no .parquet, .jsonl, .json, .csv, .txt, .arrow file, nor a folder of them"
+            ValueError, match=r"is no .parquet, .jsonl, .json, .csv, .tsv, .txt, .arrow file, nor a folder of them"
         ):
             load_documents(str(path))

@@ -12,6 +12,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.sae_trainer import _log_feature_sparsity
 from safetensors.torch import load_file
 
+from sae_lens_e2e.architectures.transcoder import TRANSCODERS
 from sae_lens_e2e.publishing import neuronpedia
 from sae_lens_e2e.publishing.neuronpedia import REQUIRED, complete_metadata, save_for_neuronpedia, stock_sae
 from tests.processes import run_fresh
@@ -140,7 +141,8 @@ def test_every_training_architecture_is_tried() -> None:
         for name, (sae_class, _) in SAE_TRAINING_CLASS_REGISTRY.items()
         if sae_class.__module__.startswith("sae_lens")
     }
-    assert set(STOCK) == own
+    # Transcoders have tests of their own.
+    assert set(STOCK) == own - set(TRANSCODERS)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from sae_lens import LoggingConfig
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_e2e import E2E, Batch, CrossEntropy, E2EDownstream, Local, Objective, Part, Term
+from sae_lens_e2e import E2E, Batch, CrossEntropy, E2EDownstream, KLAndMSE, Local, Objective, Part, Term
 from sae_lens_e2e.objectives import base
 from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.splice import Where, frozen
@@ -20,7 +20,7 @@ from tests.models import random_tokens
 from tests.training import gradients, make_runner, make_trainer, runner_config
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.3.hook_resid_pre")
-ALL = [Local, E2E, E2EDownstream, CrossEntropy]
+ALL = [Local, E2E, E2EDownstream, CrossEntropy, KLAndMSE]
 N_TOKENS, D_MODEL, D_VOCAB = 6, 4, 11
 COEFFICIENTS = [(cls, f.name) for cls in ALL for f in dataclasses.fields(cls) if f.name.endswith("_coefficient")]
 
@@ -62,8 +62,9 @@ def test_defaults_are_the_papers() -> None:
         kl_coefficient=0.5, downstream_coefficient=2.5, downstream_hooks=None, mse_coefficient=0.0
     )
     assert CrossEntropy() == CrossEntropy(ce_coefficient=1.0, mse_coefficient=0.0)
-    assert [cls.name for cls in ALL] == ["local", "e2e", "e2e_ds", "ce"]
-    assert [cls.compares_logits for cls in ALL] == [False, True, True, True]
+    assert KLAndMSE() == KLAndMSE(kl_coefficient=0.5, mse_coefficient=0.5, alpha=None, alpha_decay=0.0)
+    assert [cls.name for cls in ALL] == ["local", "e2e", "e2e_ds", "ce", "kl_mse"]
+    assert [cls.compares_logits for cls in ALL] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, math.inf, -math.inf, True, False, None, "1"], ids=repr)
@@ -143,6 +144,7 @@ def test_no_later_block_names_the_hook_and_the_ways_out() -> None:
         Local(mse_coefficient=0.5),
         E2E(kl_coefficient=2, mse_coefficient=0.125),
         E2EDownstream(),
+        E2E(splices=("each_alone", "all")),
         E2EDownstream(kl_coefficient=0.1, downstream_coefficient=0, downstream_hooks=HOOKS, mse_coefficient=3.0),
     ],
     ids=lambda o: f"{o.name}-{len(o.hooks)}",
@@ -150,7 +152,8 @@ def test_no_later_block_names_the_hook_and_the_ways_out() -> None:
 def test_settings_survive_json(objective: Objective) -> None:
     settings = json.loads(json.dumps(objective.to_dict()))
     assert settings["name"] == objective.name
-    assert set(settings) == {"name", *(f.name for f in dataclasses.fields(objective))}
+    unsaid = {"splices"} if getattr(objective, "splices", None) == ("all",) else set()
+    assert set(settings) == {"name", *(f.name for f in dataclasses.fields(objective))} - unsaid
     again = make_objective(settings)
     assert again == objective
     assert type(again) is type(objective)

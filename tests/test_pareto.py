@@ -222,3 +222,40 @@ def test_errors_say_what_to_do() -> None:
         compare_at_equal(frame, "local")
     with pytest.raises(ValueError, match="no objective 'base' to compare with; there are local, e2e"):
         headline(frame, baseline="base")
+
+
+def seeded(costs: dict[str, list[float]]) -> pd.DataFrame:
+    """Two SAEs a group and seed, of L0 10 and 20; the second costs half of the first."""
+    rows = [
+        {"sae": f"{group}{seed}{l0}", "objective": group, "seed": seed, "l0": l0, "ce_loss_increase": cost * 10 / l0}
+        for group, of_group in costs.items()
+        for seed, cost in enumerate(of_group)
+        for l0 in (10.0, 20.0)
+    ]
+    return pd.DataFrame(rows).assign(hook_name="h", model_name="m")
+
+
+@pytest.mark.parametrize(("costs", "beyond"), [([0.4, 0.5, 0.6], True), ([0.7, 0.9, 1.0], False), ([0.5], None)])
+def test_a_difference_is_held_against_the_range_over_seeds(costs: list[float], beyond: bool | None) -> None:
+    frame = seeded({"local": [0.9, 1.0, 1.1], "e2e": costs})
+    found = compare_at_equal(frame, "e2e", measure="ce_loss_increase", equal="l0", at=[10.0, 20.0])
+    for point, part in zip(found.points, (1.0, 0.5), strict=True):
+        assert point.baseline == pytest.approx(1.0 * part)
+        assert point.other == pytest.approx(sum(costs) / len(costs) * part)
+        assert point.ratio == pytest.approx(sum(costs) / len(costs))
+        assert point.beyond_seeds is beyond
+        assert point.baseline_range == pytest.approx((0.9 * part, 1.1 * part))
+        assert point.other_range == (
+            pytest.approx((min(costs) * part, max(costs) * part)) if beyond is not None else None
+        )
+    words = {True: "a difference larger than the seeds", False: "no larger than the seeds", None: "of local."}
+    assert words[beyond] in sentence(found)
+    rows = comparison_frame([found])
+    assert list(rows["baseline_high"][:2]) == pytest.approx([1.1, 0.55])
+
+
+def test_seeds_that_have_not_all_sparsities_share_a_front() -> None:
+    frame = seeded({"local": [0.9, 1.0], "e2e": [0.5, 0.4]}).drop(index=[3, 7])
+    found = compare_at_equal(frame, "e2e", measure="ce_loss_increase", equal="l0", at=[10.0])
+    assert found.points[0].other == pytest.approx(0.4)
+    assert found.points[0].beyond_seeds is None

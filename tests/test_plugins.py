@@ -20,6 +20,7 @@ from sae_lens_e2e import (
     Batch,
     CrossEntropy,
     E2EDownstream,
+    KLAndMSE,
     Local,
     Objective,
     PluginWarning,
@@ -118,6 +119,7 @@ def test_installed_plugin_is_listed_with_its_package(report: dict[str, Any]) -> 
         "e2e": OWN_PACKAGE,
         "e2e_ds": OWN_PACKAGE,
         "ce": OWN_PACKAGE,
+        "kl_mse": OWN_PACKAGE,
         "token_weighted_kl": "sae-lens-e2e-token-weighted",
     }
 
@@ -232,8 +234,9 @@ def test_built_in_objectives_are_registered_by_this_package() -> None:
         "e2e": E2E,
         "e2e_ds": E2EDownstream,
         "ce": CrossEntropy,
+        "kl_mse": KLAndMSE,
     }
-    assert list(available_objectives())[:4] == ["local", "e2e", "e2e_ds", "ce"]
+    assert list(available_objectives())[:5] == ["local", "e2e", "e2e_ds", "ce", "kl_mse"]
 
 
 def test_a_plugins_objective_goes_by_its_name_while_it_is_installed() -> None:
@@ -344,7 +347,7 @@ def test_settings_without_a_name_are_refused() -> None:
 
 
 def test_unknown_setting_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match="'e2e' has no setting 'kl'; it has kl_coefficient, mse_coefficient"):
+    with pytest.raises(ValueError, match="'e2e' has no setting 'kl'; it has splices, kl_coefficient, mse_coefficient"):
         make_objective({"name": "e2e", "kl": 1.0})
 
 

@@ -32,7 +32,7 @@ from sae_lens_e2e.report.page import figure
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member, collect
 from sae_lens_e2e.report.table import Column, Table, latex
-from sae_lens_e2e.report.tables import SECONDS, tables
+from sae_lens_e2e.report.tables import SECONDS, at_equal, tables
 from sae_lens_e2e.studies.geometry import Geometry, Interval
 from sae_lens_e2e.training.history import write_history
 from tests.apollo import HOOK as APOLLO_HOOK
@@ -159,8 +159,18 @@ def test_page_stands_alone_and_has_every_figure_and_table(made: Path) -> None:
     assert all(str(value).startswith(("#", "data:")) for value in loaded)
     assert "@import" not in made.read_text().split("</style>")[0]
     plots = {attributes["id"] for tag, attributes in page.elements if attributes.get("class") == "plot"}
-    assert plots == {f"plot-{name}" for name in FIGURES}
-    assert set(page.tables) == {"saes", "similar_ce", "similar_l0", "at_equal", "geometry", "l2_ratio", "settings"}
+    # SAEs of one hook are not of one run.
+    assert plots == {f"plot-{name}" for name in FIGURES if name != "replacement"}
+    assert set(page.tables) == {
+        "saes",
+        "seeds",
+        "similar_ce",
+        "similar_l0",
+        "at_equal",
+        "geometry",
+        "l2_ratio",
+        "settings",
+    }
     assert made.read_text().count("* plotly.js v") == 1
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert [f"#{section}" for section in sections] == [
@@ -180,6 +190,31 @@ def test_numbers_are_those_of_an_evaluation_of_each_sae_alone(made: Path) -> Non
         alone = evaluate_many({"sae": sae}, random_model(), data(), batch_size_prompts=BATCH, verbose=False)["sae"]
         expected = [f"{alone.l0:.1f}", str(alone.n_alive), str(D_SAE), nats(alone.ce_loss_increase)]
         assert shown[key] == expected
+
+
+def test_means_and_ranges_over_seeds_budgets_and_the_learning_rate_that_won(tmp_path: Path) -> None:
+    folder, choices = tmp_path / "sweep", {}
+    for objective, lr in (("local", 0.01), ("e2e", 0.003)):
+        for threshold in (0.2, 0.8):
+            kind = f"{objective}-{threshold}"
+            candidates = [{"lr": one, "ce_loss_increase": one, "l0": 3.0} for one in (0.003, 0.01)]
+            choices[kind] = {"lr": lr, "candidates": candidates, "settings": {}}
+            for seed in (0, 1, 2):
+                sae = an_sae(objective, threshold, seed, training_tokens=6400, training_flops=1.234e9)
+                save(sae, folder / f"{kind}-seed={seed}", seed, lr=lr)
+    (folder / "tuning.json").write_text(json.dumps(choices))
+    tables = Elements(report([folder], tmp_path / "page.html", measures=("evaluation",))).tables
+    saes = [dict(zip(tables["saes"][0], row, strict=True)) for row in tables["saes"][1:]]
+    costs = [float(row["CE loss increase"]) for row in saes if row["type"] == "local"][:3]
+    rows = [dict(zip(tables["seeds"][0], row, strict=True)) for row in tables["seeds"][1:]]
+    assert [row["type"] for row in rows] == ["local", "local", "e2e", "e2e"]
+    assert {row["learning rate"] for row in rows[:2]} == {"0.01"}
+    assert {row["learning rate"] for row in rows[2:]} == {"0.003"}
+    shared = ("seeds", "chosen among", "training tokens", "training FLOPs")
+    assert {tuple(row[name] for name in shared) for row in rows} == {("3", "0.003, 0.01", "6,400", "1.23e+09")}
+    local = tables["seeds"][1][tables["seeds"][0].index("training FLOPs") + 1 :][:2]
+    assert float(local[0]) == pytest.approx(sum(costs) / 3, abs=2e-3)
+    assert local[1] == f"{min(costs):.3f} to {max(costs):.3f}"
 
 
 def test_tables_figures_and_numbers_are_written_beside_it(made: Path) -> None:
@@ -537,6 +572,23 @@ def results(evaluated: Mapping[str, Evaluation], **found: Any) -> Results:
 def front(objective: str, scale: float, n_alive: int = 100) -> dict[str, Evaluation]:
     """SAEs whose cost is `scale` / L0."""
     return {f"{objective}{l0}": evaluation(objective, l0, scale / l0, n_alive=n_alive) for l0 in (10, 20, 40)}
+
+
+@pytest.mark.parametrize(("scale", "remark"), [(0.5, "larger than"), (0.95, "within")])
+def test_a_comparison_says_whether_it_is_larger_than_the_seeds_range(scale: float, remark: str) -> None:
+    scales = {"local": (0.9, 1.0, 1.1), "e2e": (0.9 * scale, scale, 1.1 * scale)}
+    seeds: dict[str, int] = {}
+    evaluated: dict[str, Evaluation] = {}
+    for objective, of_seeds in scales.items():
+        for seed, one in enumerate(of_seeds):
+            new = {f"{name}-seed={seed}": found for name, found in front(objective, one).items()}
+            evaluated |= new
+            seeds |= dict.fromkeys(new, seed)
+    found = results(evaluated)
+    found.members = [Member(one.name, one.source, one.sae, {"seed": seeds[one.name]}) for one in found.members]
+    (rows,) = (rows for rows in at_equal(found).groups if str(rows[0][1]).startswith("CE loss increase"))
+    assert [row[-1].removeprefix("median, ") for row in rows] == [f"{remark} the seeds’ range"] * len(rows)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    assert rows[0][-2] == pytest.approx(scale)
 
 
 def finding(found: list[Finding], claim: str) -> Finding:

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from sae_lens import LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sae_lens_e2e import E2ERunnerConfig
+from sae_lens_e2e import E2ERunnerConfig, E2ETrainingRunner
 from sae_lens_e2e.output import LOCK, PARTIAL, check_writable, claim_output, locked
 from sae_lens_e2e.splice import Site
 from sae_lens_e2e.training.trainer import NonFiniteLossError
-from tests.models import dataset_of, random_tokens
+from tests.models import dataset_of, random_model, random_tokens
 from tests.processes import run_code
 from tests.training import EVERY_STEP, make_multi_runner, make_runner, multi_config, runner_config
 
@@ -137,6 +137,33 @@ def test_the_advice_for_a_loss_that_is_not_finite_works(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "sae_weights.safetensors").values())
 
 
+@pytest.mark.parametrize("where", ["W_dec", "exp_avg"])
+def test_a_checkpoint_that_is_blown_up_is_refused_with_better_advice_than_a_rate(
+    where: str, checkpoint: str, tmp_path: Path
+) -> None:
+    bad = shutil.copytree(checkpoint, tmp_path / "bad")
+    if where == "W_dec":
+        weights = load_file(bad / "sae_weights.safetensors")
+        weights["W_dec"][3, 4] = float("nan")
+        save_file(weights, bad / "sae_weights.safetensors")
+    else:
+        state = torch.load(bad / "trainer_state.pt")
+        state["optimizer"]["state"][0]["exp_avg"][0] = float("inf")
+        torch.save(state, bad / "trainer_state.pt")
+    with pytest.raises(ValueError, match=f"bad'.*{where} holds values that are not finite .* from an earlier check"):
+        run(config(tmp_path, resume_from_checkpoint=str(bad), lr=1e-5))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_of_numbers_too_large_to_go_on_from_is_too(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"n_checkpoints": STEPS + 2}
+    with pytest.raises(NonFiniteLossError, match=r"step 1: .* Resume from the last checkpoint with a lower lr"):
+        run(config(tmp_path, lr=1e30, **settings))
+    advice = "It is so in .*48' already, whatever the lr; resume from an earlier checkpoint"
+    with pytest.raises(NonFiniteLossError, match=advice):
+        run(config(tmp_path, resume_from_checkpoint=checkpoint_of(tmp_path), lr=1e-9, **settings))
+
+
 def test_a_finished_sae_is_not_overwritten_by_one_of_other_settings_unasked(tmp_path: Path) -> None:
     run(config(tmp_path))
     weights = (tmp_path / "out" / "sae_weights.safetensors").read_bytes()
@@ -228,3 +255,21 @@ def test_logging_may_change(checkpoint: str) -> None:
             logger=LoggingConfig(log_to_wandb=False, run_name="other"),
         )
     )
+
+
+def test_other_documents_are_refused_as_other_settings_are(checkpoint: str, tmp_path: Path) -> None:
+    def resumed(held_out: float | None) -> None:
+        data = dataset_of(random_tokens(64, 12, 61))
+        cfg = config(tmp_path, resume_from_checkpoint=str(tmp_path / "kept"))
+        E2ETrainingRunner(cfg, override_dataset=data, override_model=random_model(), held_out=held_out)
+
+    cfg_file = shutil.copytree(checkpoint, tmp_path / "kept") / "cfg.json"
+    # What nobody has said cannot be other.
+    resumed(0.5)
+    recorded = json.loads(cfg_file.read_text())
+    recorded["metadata"]["held_out"] = 0.1
+    cfg_file.write_text(json.dumps(recorded))
+    resumed(0.1)
+    for other in (0.5, 0.0, None):
+        with pytest.raises(ValueError, match=f"held_out={other}, but resume_from_.* is of a run with 0.1; set it to"):
+            resumed(other)

@@ -1,6 +1,7 @@
 """A store that goes on from a checkpoint: every row as in the straight run, whatever the data and wherever it stopped."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from sae_lens.training import activations_store
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
 
 from sae_lens_e2e import embedded
+from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.store import ResumableStore
 from tests.models import dataset_of, random_tokens
 
@@ -133,3 +136,57 @@ def test_a_checkpoint_that_does_not_say_is_gone_on_from_near_it(
         resumed.load_from_checkpoint(tmp_path)
     assert "does not say which row comes next" in caplog.text
     assert resumed.n_dataset_processed >= old.n_dataset_processed
+
+
+@pytest.mark.parametrize("data", ["mixed", "tokenised, 20 rows"])
+def test_nothing_is_read_from_the_device_that_rows_go_to(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta` has no numbers: whoever reads one there, to pack rows or to look at tokens, fails."""
+    expected = store_of(DATA[data], "tokenised" in data).get_batch_tokens(5)
+    store = store_of(DATA[data], "tokenised" in data)
+    ResumableStore.of(store, MODEL.cfg.d_vocab).device = torch.device("meta")
+    assert torch.equal(PromptBatches(store, 5).__next__(), expected)
+    monkeypatch.setattr(activations_store, "_get_input_token_device", lambda _: torch.device("meta"))
+    prompts = next(PromptBatches(store, 5))
+    assert prompts.is_meta
+    assert prompts.shape == expected.shape
+    # A meta tensor does fail to be read.
+    with pytest.raises(RuntimeError):
+        prompts.max().item()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([1] * 5, "row 4 of the dataset has 5 tokens, fewer than context_size=32"),
+        ([1] * 31 + [512], "has token 512 and the model knows 512"),
+        ([-1] + [1] * 31, "has token -1 and the model knows 512"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_refused_whatever_the_dataset(form: str, row: list[int], says: str) -> None:
+    rows = [[1] * 40] * 6
+    rows[4] = row
+    store = ResumableStore.of(store_of(FORMS[form](Dataset.from_dict({"input_ids": rows})), True), d_vocab=512)
+    if form != "map":
+        says = re.sub("row 4", r"row \\d", says)
+    with pytest.raises(ValueError, match=says):
+        store.get_batch_tokens(6)
+
+
+NO_TOKENS = [[1.5] * 40, [[1, 2]] * 40, "a text of forty letters is no list of ids", [None] * 40, [True] * 40, None]
+
+
+@pytest.mark.parametrize("row", [*NO_TOKENS, 3], ids=lambda row: repr(row)[:12])
+def test_what_holds_no_tokens_or_no_text_is_named(row: Any) -> None:
+    tokenised = row in NO_TOKENS
+    column, good = ("input_ids", [1] * 40) if tokenised else ("text", STORIES[0])
+    rows = [{column: good}, {column: row}] * 3
+    data = Dataset.from_dict({"n": range(6)})
+    # As a dataset of such rows is: arrow itself takes one kind of value only.
+    store = store_of(data.add_column(column, [good] * 6), tokenised)
+    store.dataset = rows  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(
+        ValueError, match=f"row 1 of the dataset holds no {'token ids' if tokenised else 'text'}"
+    ) as error:
+        store.get_batch_tokens(9)
+    assert "\n" not in str(error.value)

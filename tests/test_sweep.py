@@ -280,6 +280,13 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: p
         assert not (out / point.name / "checkpoints").exists()
 
 
+def test_points_of_other_documents_are_of_another_sweep(tmp_path: Path) -> None:
+    run_sweep(read_sweep(sweep_file(tmp_path, {"seed": [0]})), tmp_path / "out")
+    other = read_sweep(sweep_file(tmp_path, {"seed": [0, 1]}, evaluation={"held_out": 0.4}))
+    with pytest.raises(ValueError, match=r"seed=0 holds a run with other settings \(held_out: 0.1, now 0.4\)"):
+        run_sweep(other, tmp_path / "out")
+
+
 def test_a_sweep_is_one_process_s_at_a_time(tmp_path: Path) -> None:
     sweep = read_sweep(sweep_file(tmp_path, {"seed": [0]}))
     with locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="is at work in"):
@@ -320,7 +327,8 @@ def test_each_point_is_a_wandb_run_in_the_sweeps_group(tmp_path: Path, monkeypat
     sweep = read_sweep(sweep_file(tmp_path, {"seed": [0, 1]}, base, name="my_sweep"))
     run_sweep(sweep, tmp_path / "out")
     wandb.teardown()
-    assert [(s["project"], s["group"], s["name"]) for s in started] == [
+    # They are begun at the same time.
+    assert sorted((s["project"], s["group"], s["name"]) for s in started) == [
         ("stories", "my_sweep", "seed=0"),
         ("stories", "my_sweep", "seed=1"),
     ]

@@ -300,7 +300,7 @@ def test_what_cannot_be_evaluated_together() -> None:
     refused("context_size=20 is longer", three(), context_size=20)
     refused("n_batches=0 must be at least 1", three(), n_batches=0)
     config = TranscoderConfig(d_in=16, d_sae=40, d_out=16, apply_b_dec_to_input=False, metadata=metadata(hook_name=MLP))
-    refused("b: a transcoder", {"a": make_sae(), "b": Transcoder(config)})
+    refused("metadata.hook_name_out is not set", {"a": make_sae(), "b": Transcoder(config)})
     for option in ("alive_tokens", "downstream_hooks", "n_batch"):
         with pytest.raises(TypeError, match=option):
             evaluate_together(three(), random_model(), dataset_of(TOKENS), **{option: 1})

@@ -40,7 +40,7 @@ def test_a_model_of_a_few_tokens_is_probed_with_those(kind: str, d_vocab: int) -
     model = SplicedModel(toy(kind, d_vocab))
     assert model.d_vocab_in == model.unembedding.d_vocab == d_vocab
     hook = block_output(kind, 0)
-    check_sites(model, {"sae": Site.of_sae(hook)}, {"sae": 16}, [block_output(kind, 2)])
+    check_sites(model, {"sae": Site.of_sae(hook)}, {"sae": (16, 16)}, [block_output(kind, 2)])
     assert model.later_layers(hook)[-1] == block_output(kind, 2)
     assert kind in HUGGING_FACE or model.n_ctx == 16
 
@@ -59,7 +59,7 @@ def test_an_attention_pattern_is_no_activation_of_a_token(hook: str, n_heads: in
     name = f"blocks.1.attn.{hook}"
     for site in (Site.of_sae(name), Site.of_sae(name, 0)):
         with pytest.raises(ValueError, match=f"{hook} has no activation for each token") as error:
-            check_sites(model, {"sae": site}, {"sae": 7})
+            check_sites(model, {"sae": site}, {"sae": (7, 7)})
         assert "set d_in" not in str(error.value)
 
 

@@ -59,6 +59,7 @@ def multi_config(saes: Mapping[str, tuple[Site, TrainingSAEConfig]], **overrides
     settings: dict[str, Any] = {
         "saes": {name: sae for name, (_, sae) in saes.items()},
         "hook_names": {name: site.read for name, (site, _) in saes.items()},
+        "hook_names_out": {name: site.writes[0] for name, (site, _) in saes.items() if not site.is_sae},
         "hook_head_indices": {name: site.head_index for name, (site, _) in saes.items()},
         "logger": LoggingConfig(log_to_wandb=False),
     }

@@ -108,11 +108,16 @@ def load_neuronpedia_apollo_sae(release: str, sae_id: str, device: str = "cpu", 
     What was put right is logged, and in the metadata as `corrections`. For Apollo's own file of the same SAE see
     `load_apollo_sae("gpt2-small/6-res_scefr-ajt")`. Raises ValueError for a release that is none of theirs.
     """
-    if not (release.startswith("gpt2-small-res_") and release.endswith("-ajt")):
+    if not is_neuronpedia_apollo(release):
         raise ValueError(
             f"release={release!r} is none of Apollo's; they are gpt2-small-res_{{sce,scefr,scl,sle,slefr,sll}}-ajt"
         )
     return StandardSAE.from_pretrained(release, sae_id, device, dtype, converter=neuronpedia_apollo_loader)
+
+
+def is_neuronpedia_apollo(release: str) -> bool:
+    """Whether a release of SAELens' registry is one of Neuronpedia's conversions of Apollo's SAEs."""
+    return release.startswith("gpt2-small-res_") and release.endswith("-ajt")
 
 
 def corrected(cfg_dict: dict[str, Any], state_dict: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -18,8 +18,9 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSIFY_
 from wandb.errors import UsageError
 
 from sae_lens_e2e.output import written_whole
+from sae_lens_e2e.yaml_file import read_json
 
-__all__ = ["HUB_NAMES", "HUB_REPO", "ApolloFiles", "find"]
+__all__ = ["HUB_NAMES", "HUB_REPO", "ApolloFiles", "find", "is_apollos"]
 
 HUB_REPO = "apollo-research/e2e-saes-gpt2"
 _LAYERS = (2, 6, 10)
@@ -112,6 +113,13 @@ def find(
     if run:
         return _download_from_wandb("/".join(run.groups()), n_samples, force_download, cache_dir)
     raise ValueError(f"{name!r} is no SAE of Apollo's: nothing of that name is on this machine; give {_KINDS}")
+
+
+def is_apollos(name: str) -> bool:
+    """Whether a name that is nothing on this machine is one of Apollo's, by which `find` downloads: the Hub's, W&B's, Neuronpedia's."""
+    in_repository = name == HUB_REPO or name.startswith(f"{HUB_REPO}/")
+    of_run = _WANDB_PATH.fullmatch(name) or _WANDB_URL.fullmatch(name)
+    return name in HUB_NAMES or name in _HUB_NAME_OF_ID or in_repository or bool(of_run)
 
 
 def _is_left_by_wandb(path: Path) -> bool:
@@ -250,7 +258,7 @@ def _download_from_wandb(
 def _cached_checkpoints(folder: Path) -> dict[int, str]:
     """The checkpoints that a W&B run is known to have: none if it was never asked, or still running when it was."""
     listing = folder / _LISTING
-    return _checkpoints(json.loads(listing.read_text())) if listing.is_file() else {}
+    return _checkpoints(read_json(listing)) if listing.is_file() else {}
 
 
 def _fetch(path: str, folder: Path, n_samples: int | None, force_download: bool) -> tuple[str, dict[int, str]]:

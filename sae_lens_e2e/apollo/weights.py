@@ -202,15 +202,22 @@ def _folds_centring(config: Mapping[str, Any], hook: str, wanted: bool | None) -
     return change != "none" and wanted is not False
 
 
-def _change_by_processing(config: Mapping[str, Any], hook: str) -> Literal["none", "centred", "unknown", "other"]:
-    """What the run saw at the hook, next to the language model as SAELens loads it."""
-    if config.get("tlens_model_name") is None:
-        return "none"
-    name = _official_name(str(config["tlens_model_name"]))
+def change_by_processing(model_name: str, hook: str) -> Literal["none", "centred", "unknown", "other"]:
+    """What processing the weights of a model that TransformerLens knows by name does to the activations at a hook.
+
+    With LayerNorm it takes their mean over d_model out of the residual stream, with RMSNorm it leaves that; elsewhere it may do more.
+    """
+    name = _official_name(model_name)
     layer_norm, rms_norm = name.startswith(_LAYER_NORM), name.startswith(_RMS_NORM)
     if hook.endswith(_CENTRED):
         return "centred" if layer_norm else "none" if rms_norm else "unknown"
     return "none" if hook.endswith(_UNCHANGED) and (layer_norm or rms_norm) else "other"
+
+
+def _change_by_processing(config: Mapping[str, Any], hook: str) -> Literal["none", "centred", "unknown", "other"]:
+    """What the run saw at the hook, next to the language model as SAELens loads it."""
+    name = config.get("tlens_model_name")
+    return "none" if name is None else change_by_processing(str(name), hook)
 
 
 def _official_name(name: str) -> str:

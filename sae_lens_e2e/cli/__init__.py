@@ -8,6 +8,7 @@ import torch
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e._upstream import InterruptedException
+from sae_lens_e2e.cli.finetune import finetune
 from sae_lens_e2e.cli.measure import evaluate, sweep
 from sae_lens_e2e.cli.objectives import objectives
 from sae_lens_e2e.cli.report import report
@@ -18,6 +19,7 @@ from sae_lens_e2e.training.trainer import NonFiniteLossError
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train, "train an SAE, or several together; every field of the config is a flag"),
+    "finetune": (finetune, "finetune SAEs that somebody has trained, and compare before and after"),
     "sweep": (sweep, "train and evaluate a grid of SAEs from one file"),
     "evaluate": (evaluate, "measure what SAEs cost their language model"),
     "report": (report, "everything the paper measured and drew, of any SAEs, on one page"),

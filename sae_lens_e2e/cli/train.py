@@ -22,7 +22,7 @@ from sae_lens_e2e.yaml_file import read_yaml
 # Fields that both the run and the SAE have; simple_parsing tells the SAE's apart by this prefix.
 _SHARED_WITH_SAE = ("device", "dtype")
 # What a run of one SAE has in the place of fields of a run of several.
-_BY_NAME = {"hook_name": "hook_names", "hook_head_index": "hook_head_indices"}
+_BY_NAME = {"hook_name": "hook_names", "hook_name_out": "hook_names_out", "hook_head_index": "hook_head_indices"}
 
 
 def train(arguments: list[str]) -> None:
@@ -139,7 +139,8 @@ def _refuse_flags_of_one_sae(flags: Sequence[str], path: Path) -> None:
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, dict) or name in AS_YAML:
+    of_stages = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    if isinstance(value, dict) or of_stages or name in AS_YAML:
         return [f"--{name}", json.dumps(value)]
     if value is None:
         return [f"--{name}"]

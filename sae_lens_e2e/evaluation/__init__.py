@@ -7,7 +7,7 @@ from sae_lens_e2e.evaluation.frame import evaluation_frame, firing_frame, layers
 from sae_lens_e2e.evaluation.moved import MovedModules
 from sae_lens_e2e.evaluation.options import EvaluationOptions
 from sae_lens_e2e.evaluation.result import Evaluation, FiringHistogram, LayerEvaluation
-from sae_lens_e2e.evaluation.together import SplicedIn, TogetherEvaluation, evaluate_together
+from sae_lens_e2e.evaluation.together import SplicedIn, TogetherEvaluation, evaluate_replacement, evaluate_together
 
 __all__ = [
     "Evaluation",
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate",
     "evaluate_each",
     "evaluate_many",
+    "evaluate_replacement",
     "evaluate_together",
     "evaluation_frame",
     "firing_frame",

@@ -9,6 +9,7 @@ from sae_lens import SAE, logger
 from sae_lens.config import HfDataset
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from sae_lens_e2e.architectures.transcoder import widths_of
 from sae_lens_e2e.errors import kept_to, one_line
 from sae_lens_e2e.evaluation.one_pass import OnePass
 from sae_lens_e2e.evaluation.options import EvaluationOptions
@@ -21,7 +22,7 @@ from sae_lens_e2e.splice import Site, SplicedModel, check_sites
 def evaluate(sae: SAE[Any], model: HookedRootModule, dataset: HfDataset, **options: Any) -> Evaluation:
     """What `sae` costs the language model, what it keeps of its activations, and how its features fire.
 
-    sae: any SAE of SAELens, trained or in training, whose metadata say where it sits and which tokens it saw.
+    sae: any SAE or transcoder of SAELens, trained or in training, whose metadata say where it sits and which tokens it saw.
     dataset: one split, tokenised (`tokens` or `input_ids`) or text, read as SAELens reads it for training.
     options: fields of `EvaluationOptions`: batch_size_prompts, downstream_hooks, n_batches, max_tokens, context_size,
         alive_tokens, model_kwargs, verbose.
@@ -50,8 +51,8 @@ def evaluate_many(
     for name, one in settings.items():
         with _named(name if len(saes) > 1 else None):
             hooks = chosen.downstream_hooks
-            later[one.site] = spliced.later_layers(one.hook_name) if hooks is None else list(hooks)
-            check_sites(spliced, {name: one.site}, {name: saes[name].cfg.d_in}, later[one.site])
+            later[one.site] = spliced.later_layers(one.site.writes[-1]) if hooks is None else list(hooks)
+            check_sites(spliced, {name: one.site}, {name: widths_of(saes[name].cfg)}, later[one.site])
     one_pass = OnePass(spliced, saes, settings, later, chosen.alive_tokens)
     batches = token_batches(dataset, model, setting, chosen.batch_size_prompts)
     read = read_through(batches, spliced, saes, setting, chosen, one_pass.add)

@@ -9,6 +9,7 @@ from sae_lens_e2e.errors import named_line
 from sae_lens_e2e.evaluation.result import Evaluation
 from sae_lens_e2e.evaluation.together import TogetherEvaluation
 from sae_lens_e2e.output import write_whole
+from sae_lens_e2e.yaml_file import read_json
 
 FILENAME = "evaluation.json"
 TOGETHER_FILENAME = "together.json"
@@ -40,6 +41,6 @@ def _read(file: Path, read: Callable[[Any], Result]) -> Result | None:
     if not file.is_file():
         return None
     try:
-        return read(json.loads(file.read_text()))
+        return read(read_json(file))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged or of another version; evaluate again ({named_line(error)})") from error

@@ -54,8 +54,8 @@ def firing_frame(results: Mapping[str, Evaluation]) -> pd.DataFrame:
 def together_frame(results: Mapping[str, TogetherEvaluation]) -> pd.DataFrame:
     """One row a group of SAEs, by name in `results`, and set of them that was spliced in at once.
 
-    Columns: `group`; `spliced`, "alone" or "together"; of the set `n_saes`, and the last one's name, `sae`, with `hook_name` and
-    `hook_head_index`; `ce_loss`, `ce_loss_increase` over the model without any, `kl` (nats per token) and `top1_agreement`.
+    Columns: `group`; `spliced`, "alone" or "together"; of the set `n_saes`, and the last one's name, `sae`, with its `depth`, from 1 on,
+    `hook_name`, `hook_name_out` (a transcoder's) and `hook_head_index`; `ce_loss`, `ce_loss_increase` over the model without any, `kl` (nats per token) and `top1_agreement`.
     """
     return pd.DataFrame(
         [
@@ -64,7 +64,9 @@ def together_frame(results: Mapping[str, TogetherEvaluation]) -> pd.DataFrame:
                 "spliced": spliced,
                 "n_saes": len(one.saes),
                 "sae": one.saes[-1],
+                "depth": list(found.hook_names).index(one.saes[-1]) + 1,
                 "hook_name": found.hook_names[one.saes[-1]],
+                "hook_name_out": found.hook_names_out.get(one.saes[-1]),
                 "hook_head_index": found.hook_head_indices[one.saes[-1]],
                 "ce_loss": one.ce_loss,
                 "ce_loss_increase": one.ce_loss - found.ce_loss_without_saes,

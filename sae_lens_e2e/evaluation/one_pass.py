@@ -83,6 +83,7 @@ class OnePass:
             sparsity=sparsity_settings(sae),
             model_name=sae.cfg.metadata.model_name,
             hook_name=setting.hook_name,
+            hook_name_out=setting.hook_name_out,
             hook_head_index=setting.hook_head_index,
             context_size=setting.context_size,
             d_in=sae.cfg.d_in,
@@ -109,8 +110,8 @@ class OnePass:
         )
 
     def _places(self, site: Site) -> list[Site]:
-        """Where an SAE at a site is compared with the clean model: at the site, and at whole hooks later."""
-        return [site, *map(Site.of_sae, self.later[site])]
+        """Where an SAE at a site is compared with the clean model: where it writes, and at whole hooks later."""
+        return [_written(site), *map(Site.of_sae, self.later[site])]
 
     def _splice_in(
         self, name: str, clean: Clean, layers: Mapping[Site, Layer], where: Where
@@ -118,21 +119,28 @@ class OnePass:
         """Splice in one SAE and add up what it does everywhere; what the unembedding takes then."""
         site = self.settings[name].site
         spliced_sae = SplicedSAE(self.saes[name], site, where)
-        spliced = self.model.spliced(clean, Where.everywhere(clean.tokens), {site: spliced_sae}, self.later[site])
+        everywhere = Where.everywhere(clean.tokens)
+        spliced = self.model.spliced(clean, where, {site: spliced_sae}, self.later[site], reading=everywhere)
         assert spliced.final is not None
         self.features[name].add(spliced_sae.features, where)
         # On the host, where they are known.
         position = where.place()[:, 1]
         first, later = (position == 0).nonzero()[:, 0], position.nonzero()[:, 0]
-        changed = {site: where.take(spliced_sae.x_hat)}
+        changed = {_written(site): spliced_sae.out}
         changed |= {Site.of_sae(hook): where.take(spliced.at[hook]).flatten(1) for hook in self.later[site]}
         for place, activation in changed.items():
             self.layers[name][place].add(layers[place], activation, first, later)
         return where.take(spliced.final)
 
     def _ablate(self, site: Site, clean: Clean, where: Where) -> Float[Tensor, "tokens d_final"]:
-        """The same with zeros at a site, at every token."""
-        zeros = {site: lambda x: {site.read: torch.zeros_like(x)}}
+        """The same with zeros where a site writes, at every token."""
+        written = _written(site)
+        zeros = {written: lambda x: {written.read: torch.zeros_like(x)}}
         spliced = self.model.spliced(clean, Where.everywhere(clean.tokens), zeros)
         assert spliced.final is not None
         return where.take(spliced.final)
+
+
+def _written(site: Site) -> Site:
+    """What a module at a site stands for: what it reads, or, for a transcoder, what another hook has."""
+    return site if site.is_sae else Site.of_sae(site.writes[0])

@@ -91,11 +91,11 @@ def read_through(
 
 
 def _check_vocabulary(tokens: Int[Tensor, "prompts pos"], model: SplicedModel) -> None:
-    largest, predicted = int(tokens.max()), model.unembedding.d_vocab
+    (least, largest), predicted = (int(token) for token in tokens.aminmax()), model.unembedding.d_vocab
     known = model.d_vocab_in or predicted
-    if largest >= known:
+    if least < 0 or largest >= known:
         raise ValueError(
-            f"the dataset has token {largest} and the model knows {known}; tokenise it with the model's own tokenizer"
+            f"the dataset has token {least if least < 0 else largest} and the model knows {known}; tokenise it with the model's own tokenizer"
         )
     if largest >= predicted:
         raise ValueError(

@@ -65,6 +65,8 @@ class Evaluation:
     model_name: str | None
     hook_name: str
     hook_head_index: int | None
+    hook_name_out: str | None = None
+    """The hook that a transcoder writes; None for an SAE, which writes what it reads."""
     context_size: int
     d_in: int
     d_sae: int
@@ -98,7 +100,7 @@ class Evaluation:
     firing: FiringHistogram
 
     layers: dict[str, LayerEvaluation]
-    """By hook: first the SAE's own, where its output is compared with its input, then the later ones in order."""
+    """By hook: first the one that is written, where the output is compared with what it stands for, then the later ones in order."""
 
     firing_frequency: Float[Tensor, "d_sae"] | None = field(default=None, repr=False, compare=False)
     """The fraction of measured tokens on which each feature fired; not stored, so None in an evaluation read back."""
@@ -123,13 +125,17 @@ class Evaluation:
 
     @property
     def at_hook(self) -> LayerEvaluation:
-        """The SAE's output against its input."""
-        return self.layers[self.hook_name]
+        """The output against what it stands for: an SAE's input, or the clean activation where a transcoder writes."""
+        return self.layers[self._written]
 
     @property
     def downstream_mse(self) -> dict[str, float]:
         """The MSE at each later hook, in order."""
-        return {hook: layer.mse for hook, layer in self.layers.items() if hook != self.hook_name}
+        return {hook: layer.mse for hook, layer in self.layers.items() if hook != self._written}
+
+    @property
+    def _written(self) -> str:
+        return self.hook_name_out or self.hook_name
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready figures, what is derived from the others included, what is per feature left out."""
@@ -141,6 +147,8 @@ class Evaluation:
     @classmethod
     def from_dict(cls, figures: Mapping[str, Any]) -> "Evaluation":
         """The evaluation that `to_dict` was called on, before or after JSON. Raises ValueError if figures are missing."""
+        # Those of before there were transcoders do not have it.
+        figures = {"hook_name_out": None, **figures}
         names = [f.name for f in fields(cls) if f.name not in _PER_FEATURE]
         if missing := [name for name in names if name not in figures]:
             raise ValueError(f"not a stored evaluation: it has no {', '.join(missing)}; evaluate the SAE again")

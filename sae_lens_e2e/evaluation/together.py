@@ -1,7 +1,7 @@
 """What several SAEs cost the language model when they are spliced in at once, beside what each costs alone."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from sae_lens.config import HfDataset
 from torch import Tensor
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from sae_lens_e2e.architectures.transcoder import is_transcoder, widths_of
 from sae_lens_e2e.evaluation.next_token import compare_next_tokens
 from sae_lens_e2e.evaluation.options import PassOptions
 from sae_lens_e2e.evaluation.reading import read_through, settings_of
@@ -45,6 +46,8 @@ class TogetherEvaluation:
     hook_names: dict[str, str]
     """By SAE, in order of depth."""
     hook_head_indices: dict[str, int | None]
+    hook_names_out: dict[str, str] = field(default_factory=dict)
+    """Of the transcoders, what each writes."""
     context_size: int
     n_tokens: int
     n_tokens_measured: int
@@ -72,6 +75,8 @@ class TogetherEvaluation:
     @classmethod
     def from_dict(cls, figures: Mapping[str, Any]) -> "TogetherEvaluation":
         """The result that `to_dict` was called on, before or after JSON. Raises ValueError if figures are missing."""
+        # Those of before there were transcoders do not have it.
+        figures = {"hook_names_out": {}, **figures}
         names = [f.name for f in fields(cls)]
         if missing := [name for name in names if name not in figures]:
             raise ValueError(
@@ -101,7 +106,7 @@ def evaluate_together(
     spliced = SplicedModel(model, chosen.model_kwargs)
     setting.check(spliced.n_ctx)
     sites = {name: one.site for name, one in settings.items()}
-    check_sites(spliced, sites, {name: sae.cfg.d_in for name, sae in saes.items()})
+    check_sites(spliced, sites, {name: widths_of(sae.cfg) for name, sae in saes.items()})
     together = _TogetherPass(spliced, saes, sites)
     batches = token_batches(dataset, model, setting, chosen.batch_size_prompts)
     read = read_through(batches, spliced, saes, setting, chosen, together.add)
@@ -109,6 +114,7 @@ def evaluate_together(
         model_name=next(iter(saes.values())).cfg.metadata.model_name,
         hook_names={name: settings[name].hook_name for name in together.names},
         hook_head_indices={name: settings[name].hook_head_index for name in together.names},
+        hook_names_out={name: out for name in together.names if (out := settings[name].hook_name_out) is not None},
         context_size=setting.context_size,
         n_tokens=read.n_tokens,
         n_tokens_measured=read.n_tokens_measured,
@@ -116,6 +122,23 @@ def evaluate_together(
         alone=tuple(together.spliced_in((name,)) for name in together.names),
         together=tuple(together.spliced_in(together.names[:n]) for n in range(1, len(saes) + 1)),
     )
+
+
+def evaluate_replacement(
+    transcoders: Mapping[str, SAE[Any]], model: HookedRootModule, dataset: HfDataset, **options: Any
+) -> TogetherEvaluation:
+    """What the language model is worth with transcoders in the place of its parts: `evaluate_together`, for transcoders only.
+
+    `ce_loss_increase` is what all of them at once cost, `ce_loss_increase_alone` the sum over each by itself. Raises ValueError, besides
+    what `evaluate_together` raises it for, for an SAE, which takes the place of nothing.
+    """
+    for name, sae in transcoders.items():
+        if not is_transcoder(sae.cfg):
+            raise ValueError(
+                f"{name}: a {sae.cfg.architecture()} stands for what it reads and replaces no part of the model; give transcoders, or use "
+                "evaluate_together"
+            )
+    return evaluate_together(transcoders, model, dataset, **options)
 
 
 class _TogetherPass:
@@ -137,7 +160,7 @@ class _TogetherPass:
         finals = []
         for of_set in self.spliced:
             replace = {self.sites[name]: SplicedSAE(self.saes[name], self.sites[name], where) for name in of_set}
-            spliced = self.model.spliced(clean, Where.everywhere(tokens), replace)
+            spliced = self.model.spliced(clean, where, replace, reading=Where.everywhere(tokens))
             assert spliced.final is not None
             finals.append(where.take(spliced.final))
         of_clean, of_changed = compare_next_tokens(

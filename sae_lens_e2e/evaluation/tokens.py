@@ -1,6 +1,6 @@
 """Which tokens an SAE is evaluated on: where it sits, from its metadata, and whole prompts from a dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,11 +13,13 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from transformer_lens.HookedRootModule import HookedRootModule
+from typing_extensions import override
 
-from sae_lens_e2e.columns import column_of
+from sae_lens_e2e.architectures.transcoder import is_transcoder
+from sae_lens_e2e.columns import column_of, text_of, tokens_of
 from sae_lens_e2e.splice import Positions, Site, excluded
 
-_PLACE = ("hook_name", "hook_head_index")
+_PLACE = ("hook_name", "hook_head_index", "hook_name_out")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class Setting:
     sequence_separator_token: int | str | None
     disable_concat_sequences: bool
     use_chat_formatting: bool = False
+    hook_name_out: str | None = None
+    """The hook that a transcoder writes."""
 
     @classmethod
     def of(cls, sae: SAE[Any], model: HookedRootModule, context_size: int | None = None) -> "Setting":
         """From the SAE's metadata. Raises ValueError for what is missing there, naming it."""
         metadata = sae.cfg.metadata
         given = {"hook_name": metadata.hook_name, "context_size": context_size or metadata.context_size}
+        if is_transcoder(sae.cfg):
+            given["hook_name_out"] = metadata.hook_name_out
         for name, value in given.items():
             if value is None:
                 raise ValueError(f"sae.cfg.metadata.{name} is not set; set it to what the SAE was trained with")
@@ -56,7 +62,7 @@ class Setting:
     @property
     def site(self) -> Site:
         """Where the SAE is spliced in."""
-        return Site.of_sae(self.hook_name, self.hook_head_index)
+        return Site.between(self.hook_name, self.hook_name_out, self.hook_head_index)
 
     @property
     def positions(self) -> Positions:
@@ -97,7 +103,7 @@ def token_batches(
         n_batches = n_prompts // batch_size_prompts if tokenised else None
         if n_batches == 0:
             raise _too_short(f"{n_prompts} prompts", batch_size_prompts, setting.context_size)
-    store = ActivationsStore(
+    store = _Store(
         model=model,
         dataset=dataset,
         streaming=False,
@@ -123,6 +129,18 @@ def token_batches(
     if batches.upcoming is None:
         raise _too_short("fewer prompts", batch_size_prompts, setting.context_size)
     return batches
+
+
+class _Store(ActivationsStore):
+    """SAELens' store, which says of a row that cannot be read which it is."""
+
+    @override
+    def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
+        for row in super()._iterate_raw_dataset():
+            if self.is_dataset_tokenized:
+                yield tokens_of(row, self.n_dataset_processed, self.context_size).tolist()
+            else:
+                yield text_of(row, self.n_dataset_processed, self.use_chat_formatting)
 
 
 class TokenBatches(Iterator[Tensor]):

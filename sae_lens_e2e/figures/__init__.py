@@ -19,6 +19,7 @@ from sae_lens_e2e.figures.kinds import FIGURES, FigureKind, figure_kind
 from sae_lens_e2e.figures.layers import layers_figure, layers_plotly
 from sae_lens_e2e.figures.norms import norms_figure, norms_plotly
 from sae_lens_e2e.figures.pareto import pareto_figure, pareto_plotly
+from sae_lens_e2e.figures.replacement import replacement_figure, replacement_plotly
 
 __all__ = [
     "FIGURES",
@@ -41,6 +42,8 @@ __all__ = [
     "norms_plotly",
     "pareto_figure",
     "pareto_plotly",
+    "replacement_figure",
+    "replacement_plotly",
     "save",
     "with_objectives",
 ]

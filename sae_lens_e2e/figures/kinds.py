@@ -8,9 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from sae_lens_e2e.figures import directions, firing, geometry, history, layers, norms, pareto
+from sae_lens_e2e.figures import directions, firing, geometry, history, layers, norms, pareto, replacement
 
-FrameName = Literal["evaluation", "layers", "firing", "geometry", "directions", "history"]
+FrameName = Literal["evaluation", "layers", "firing", "geometry", "directions", "history", "together"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,14 @@ _KINDS = (
         directions.directions_plotly,
     ),
     FigureKind("history", history.TITLE, history.CAPTION, "history", history.history_figure, history.history_plotly),
+    FigureKind(
+        "replacement",
+        replacement.TITLE,
+        replacement.CAPTION,
+        "together",
+        replacement.replacement_figure,
+        replacement.replacement_plotly,
+    ),
 )
 FIGURES: dict[str, FigureKind] = {kind.name: kind for kind in _KINDS}
 

@@ -17,7 +17,10 @@ HELD_OUT = 0.1
 # Of a dataset on the Hub, which is too large to be counted.
 _HELD_OUT_DOCUMENTS = 500
 _TRAIN, _EVALUATION = "train", ("validation", "test")
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+_BUILDERS = {
+    **{".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text"},
+    ".arrow": "arrow",
+}
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 # What `datasets` and the Hub write beside the data.
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json")
@@ -35,7 +38,7 @@ def load_documents(
 ) -> tuple[Dataset | IterableDataset, Dataset]:
     """The documents of a dataset to train on, and those kept for evaluation: its own other split, or the last `held_out` of them.
 
-    `name` is 'embedded', a file (parquet, jsonl, json, csv or txt, or one of them compressed), a folder of such files, as a clone of
+    `name` is 'embedded', a file (parquet, jsonl, json, csv, tsv or txt, or one of them compressed), a folder of such files, as a clone of
     one of the Hub's is, a folder that `datasets` saved, or the Hub's; NAME::COLUMN reads that column of it. What is kept of the
     Hub's, which is read with `streaming`, is its first 500 documents. Raises OSError if it is not there, or the Hub cannot be
     reached, ValueError if it cannot be read.
@@ -47,10 +50,24 @@ def load_documents(
     if place == EMBEDDED:
         parts = embedded.load_dataset("train"), embedded.load_dataset("held_out")
     elif Path(place).exists():
-        parts = _parts(_load_local(Path(place)), place, held_out)
+        parts = split_documents(_load_local(Path(place)), place, held_out)
     else:
         parts = _parts_of_hubs(place, held_out, streaming)
     return (_of_column(parts[0], column, place), _of_column(parts[1], column, place)) if column else parts
+
+
+def validation_documents(
+    name: str, held_out: float = HELD_OUT, part: float = HELD_OUT
+) -> tuple[Dataset | IterableDataset, Dataset]:
+    """What `load_documents` gives to train on, in two: documents to train on, and the last `part` of them to choose settings by.
+
+    Of the Hub's they are the first 500 of those to train on. None of those kept for evaluation is among either.
+    """
+    documents: Any = load_documents(name, held_out)[0]
+    if isinstance(documents, Dataset):
+        return _last_apart(documents, part)
+    chosen_by = Dataset.from_list(list(documents.take(_HELD_OUT_DOCUMENTS)))
+    return documents.skip(_HELD_OUT_DOCUMENTS), chosen_by
 
 
 def held_out_documents(
@@ -104,12 +121,18 @@ def _load_local(path: Path) -> Any:
         )
     try:
         if path.is_file():
-            return load_dataset(builders.pop(), data_files=str(path), split=_TRAIN)
+            return _load_file(builders.pop(), path)
         # Sizes that are written beside the data may be of more than is there.
         return load_dataset(str(path), verification_mode="no_checks")
     except Exception as error:  # whatever the libraries that read files make of what is in them
         reason = named_line(error.__cause__ or error)
         raise ValueError(f"dataset {str(path)!r} is empty or cannot be read ({reason})") from error
+
+
+def _load_file(builder: str, path: Path) -> Dataset:
+    if builder == "tsv":
+        return load_dataset("csv", data_files=str(path), split=_TRAIN, sep="\t")
+    return load_dataset(builder, data_files=str(path), split=_TRAIN)
 
 
 def _suffix(file: Path) -> str:
@@ -119,7 +142,8 @@ def _suffix(file: Path) -> str:
     return "" if hidden or file.name in _NO_DATA or not suffixes else suffixes[-1]
 
 
-def _parts(documents: Any, name: str, held_out: float) -> tuple[Dataset, Dataset]:
+def split_documents(documents: Any, name: str, held_out: float) -> tuple[Dataset, Dataset]:
+    """What is trained on and what is kept of documents, called `name`: their own splits, or the last `held_out` of them."""
     if isinstance(documents, DatasetDict):
         own = next((documents[split] for split in _EVALUATION if split in documents), None)
         if _TRAIN in documents and own is not None:
@@ -129,9 +153,14 @@ def _parts(documents: Any, name: str, held_out: float) -> tuple[Dataset, Dataset
                 f"dataset {name!r} has the splits {', '.join(map(str, documents))}; name one of them {_TRAIN!r}"
             )
         documents = documents[_TRAIN] if _TRAIN in documents else next(iter(documents.values()))
+    return _last_apart(documents, held_out)
+
+
+def _last_apart(documents: Dataset, part: float) -> tuple[Dataset, Dataset]:
+    """All but the last `part` of documents, and that; at least one on either side, unless the part is 0."""
     n = len(documents)
-    n_train = max(min(round(n * (1 - held_out)), n - 1), 1) if held_out else n
-    return documents.select(range(n)[:n_train]), documents.select(list(range(n)[n_train:]))
+    n_first = max(min(round(n * (1 - part)), n - 1), 1) if part else n
+    return documents.select(range(n)[:n_first]), documents.select(list(range(n)[n_first:]))
 
 
 def _parts_of_hubs(name: str, held_out: float, streaming: bool) -> tuple[Dataset | IterableDataset, Dataset]:

@@ -1,6 +1,5 @@
 """A language model by name: the embedded one, one on this machine, or the Hub's."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sae_lens_e2e import embedded
 from sae_lens_e2e.apollo.model import load_apollo_model
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import check_has_bridge, is_bridge, load_bridge
+from sae_lens_e2e.yaml_file import read_json
 
 EMBEDDED = "embedded"
 COLUMN = "::"
@@ -126,7 +126,7 @@ def _check_as_saved(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def _load_transformer_lens_folder(folder: Path, device: str) -> HookedTransformer:
-    config = json.loads((folder / "transformer_lens" / _CONFIG).read_text())
+    config = read_json(folder / "transformer_lens" / _CONFIG)
     model = HookedTransformer(
         HookedTransformerConfig(**config, device=device, init_weights=False),
         tokenizer=AutoTokenizer.from_pretrained(folder / "huggingface"),

@@ -1,6 +1,5 @@
-"""SAEs from wherever they are: SAELens' folders, folders of several SAEs that were trained together, or Apollo's runs."""
+"""SAEs from wherever they are: SAELens' folders and registry, the Hub, folders of SAEs trained together, or Apollo's runs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 
 from sae_lens_e2e.apollo import load_apollo_saes
 from sae_lens_e2e.loading.folder import load_folder
+from sae_lens_e2e.loading.released import find_released, load_released
+from sae_lens_e2e.yaml_file import read_json
 
 
 def load_sae(source: str | Path, device: str = "cpu") -> SAE[Any]:
@@ -35,19 +36,24 @@ def load_saes(
 ) -> dict[str, SAE[Any]]:
     """The SAEs at `source`: those trained together by their names in the run, in its order, and all others by hook name.
 
-    `source` is a folder that SAELens saved, the output folder of an `E2EMultiTrainingRunner`, or whatever `load_apollo_sae` takes.
+    `source` is a folder that SAELens saved, the output folder of an `E2EMultiTrainingRunner`, a released SAE by name (RELEASE/ID of
+    SAELens' registry, OWNER/REPOSITORY:FOLDER of the Hub, see `find_released`), or whatever `load_apollo_sae` takes.
     `hook_name` takes those at that hook only; `n_samples` and `fold_centring` are `load_apollo_sae`'s. Raises ValueError if there
     is none at that hook, or if those are given for SAEs of SAELens', FileNotFoundError for one of a joint run that is not there,
-    and what `load_apollo_sae` raises.
+    and what `find_released`, `load_released` and `load_apollo_sae` raise.
     """
     names = joint_names(source)
     saes: dict[str, SAE[Any]]
-    if not names and not is_sae_folder(source):
+    released = None if names or is_sae_folder(source) else find_released(source)
+    if not names and not is_sae_folder(source) and released is None:
         saes = dict(load_apollo_saes(source, n_samples=n_samples, fold_centring=fold_centring, device=device))
     elif n_samples is not None or fold_centring is not None:
         raise ValueError(
             f"n_samples={n_samples} and fold_centring={fold_centring} are for Apollo's SAEs, and {str(source)!r} is SAELens'"
         )
+    elif released is not None:
+        sae = load_released(released, device)
+        saes = {str(sae.cfg.metadata.hook_name): sae}
     elif names:
         saes = {name: _load_of_run(Path(source) / name, device) for name in names}
     else:
@@ -75,7 +81,7 @@ def is_joint_folder(path: str | Path) -> bool:
 def joint_names(path: str | Path) -> list[str]:
     """The names of the SAEs that were trained together into a folder, in the run's own order; none if it is no such folder."""
     try:
-        settings = json.loads((Path(path) / RUNNER_CFG_FILENAME).read_text())
+        settings = read_json(Path(path) / RUNNER_CFG_FILENAME)
     except (OSError, ValueError):
         return []
     saes = settings.get("saes") if isinstance(settings, dict) else None

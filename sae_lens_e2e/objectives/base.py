@@ -3,14 +3,27 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Self
 
 from sae_lens_e2e.objectives.batch import Batch
+from sae_lens_e2e.objectives.schedule import Schedule
+
+Coefficient: TypeAlias = Any
+"""A number, or a `Schedule` or its points, in whose place `Objective.at` puts a number before `terms` is called.
+
+Type checkers are told no more, so that a term may be made of it; what it is, is checked when an objective is made.
+"""
+
+
+KL_PRODUCTS = 3
+"""Of a KL divergence: the clean logits, the spliced ones, and the gradient by the hidden state."""
+CE_PRODUCTS = 2
+"""Of a cross-entropy: the spliced logits, and the gradient by the hidden state."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,9 @@ class Term:
 class Objective(ABC):
     """What the output of SAEs is compared with, and at what weight.
 
-    A frozen dataclass whose fields are its settings. Fields named `..._coefficient` must be finite and not negative. The
-    architecture's own terms (sparsity, auxiliary) are added by the trainer and are no business of an objective.
+    A frozen dataclass whose fields are its settings. Fields named `..._coefficient` must be finite and not negative, or a `Schedule`
+    of such numbers over the training done. The architecture's own terms (sparsity, auxiliary) are added by the trainer and are no
+    business of an objective.
     """
 
     name: ClassVar[str]
@@ -62,17 +76,30 @@ class Objective(ABC):
     def __post_init__(self) -> None:
         coefficients = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_coefficient")}
         for field_name, value in coefficients.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if isinstance(value, list | tuple | Schedule):
+                coefficients[field_name] = self._schedule(field_name, value)
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{self.name}: {field_name}={value!r} must be a finite number that is not negative")
-        if coefficients and not any(coefficients.values()):
-            raise ValueError(
-                f"{self.name}: {', '.join(coefficients)} are all 0, which leaves nothing to train on; raise one"
-            )
+        for fraction in _turns(coefficients.values()) if coefficients else ():
+            if not any(_at(value, fraction) for value in coefficients.values()):
+                when = f" at the fraction {fraction:g} of training" if self._schedules else ""
+                raise ValueError(
+                    f"{self.name}: {', '.join(coefficients)} are all 0{when}, which leaves nothing to train on; raise one"
+                )
 
     @property
     def hooks(self) -> tuple[str, ...]:
         """The hooks downstream of the SAEs at which clean and spliced activations are compared."""
         return ()
+
+    @property
+    def logit_products(self) -> int | None:
+        """Products of a token's last hidden state with the unembedding in a pass of `terms`, the backward pass included.
+
+        It is what `equal: flops` of a sweep cannot see by itself: `KL_PRODUCTS` if `terms` calls `Batch.kl`, `CE_PRODUCTS` if
+        `cross_entropy`, their sum if both. None, which it is of an objective that compares logits and does not say, is not known.
+        """
+        return None if self.compares_logits else 0
 
     def resolve(self, later_blocks: Sequence[str], hook_name: str) -> Self:  # noqa: ARG002
         """The objective with whatever it leaves to the model made explicit.
@@ -85,10 +112,40 @@ class Objective(ABC):
         """Which of the SAEs, by name, are spliced in together: a pass for each set, and the loss is their sum. All in one."""
         return [names]
 
+    def at(self, fraction: float) -> Self:
+        """The objective when a fraction of the training is done: itself, with a number in the place of each schedule."""
+        values = {name: schedule.at(fraction) for name, schedule in self._schedules.items()}
+        return replace(self, **values) if values else self
+
     @abstractmethod
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the loss, by the name under which they are logged."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings, with the objective's name; `plugins.make_objective` takes them back."""
-        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        schedules = {name: schedule.to_list() for name, schedule in self._schedules.items()}
+        return {"name": self.name, **settings, **schedules}
+
+    @property
+    def _schedules(self) -> dict[str, Schedule]:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Schedule)}
+
+    def _schedule(self, field_name: str, value: Any) -> Schedule:
+        try:
+            schedule = value if isinstance(value, Schedule) else Schedule(value)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {field_name}={value!r}: {error}") from error
+        object.__setattr__(self, field_name, schedule)
+        return schedule
+
+
+def _turns(coefficients: Collection[Coefficient]) -> list[float]:
+    """The fractions of training at which linear stretches begin: what is not 0 at one of them is not 0 all along the next."""
+    points = [point for value in coefficients if isinstance(value, Schedule) for point in value.points]
+    return sorted({0.0, *(fraction for fraction, _ in points if fraction < 1)})
+
+
+def _at(coefficient: Coefficient, fraction: float) -> float:
+    return coefficient.at(fraction) if isinstance(coefficient, Schedule) else coefficient

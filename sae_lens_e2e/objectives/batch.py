@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_e2e.objectives.running import RunningMeans
 from sae_lens_e2e.splice import Unembedding, Where
 
 
@@ -49,6 +50,8 @@ class Batch:
     """Of the training done, from 0 to 1."""
     label_rate: float | None = None
     """The fraction of the whole step's trained tokens that have a next token; None where this batch is all there is."""
+    means: RunningMeans = field(default_factory=RunningMeans)
+    """What `running_mean` has seen in earlier forward passes."""
 
     @property
     def tokens(self) -> Int[Tensor, "tokens"]:
@@ -92,6 +95,13 @@ class Batch:
             dtype = torch.promote_types(spliced.dtype, torch.float32)
             token_weights = spliced.new_full((self.where.n,), 1 / n_labels, dtype=dtype)
         return unembedding.cross_entropy(spliced, self.labels, token_weights)
+
+    def running_mean(self, name: str, value: Float[Tensor, ""], decay: float) -> Float[Tensor, ""]:
+        """The mean of `value` over this pass and, each weighed `decay` times the next, those of the same SAEs before; detached.
+
+        To be called once a pass for each name. It is on the device, and a run that goes on from a checkpoint has it as it was.
+        """
+        return self.means.update(f"{name}/{'+'.join(self.parts)}", value, decay)
 
     def _finals(self) -> tuple[Unembedding, Tensor, Tensor]:
         if self.unembedding is None or self.clean_final is None or self.spliced_final is None:

@@ -5,12 +5,13 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.base import CE_PRODUCTS, Coefficient, Term
 from sae_lens_e2e.objectives.batch import Batch
+from sae_lens_e2e.objectives.in_passes import InPasses
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Objective):
+class CrossEntropy(InPasses):
     """The spliced model's cross-entropy on the next token, in nats; the last position of a prompt takes no part.
 
     Unlike the KL divergence it asks for the text that is there, not for the distribution the model would have had.
@@ -19,8 +20,13 @@ class CrossEntropy(Objective):
 
     name: ClassVar[str] = "ce"
 
-    ce_coefficient: float = 1.0
-    mse_coefficient: float = 0.0
+    ce_coefficient: Coefficient = 1.0
+    mse_coefficient: Coefficient = 0.0
+
+    @property
+    @override
+    def logit_products(self) -> int:
+        return CE_PRODUCTS if self.ce_coefficient else 0
 
     @override
     def terms(self, batch: Batch) -> dict[str, Term]:

@@ -5,12 +5,13 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.base import KL_PRODUCTS, Coefficient, Term
 from sae_lens_e2e.objectives.batch import Batch
+from sae_lens_e2e.objectives.in_passes import InPasses
 
 
 @dataclass(frozen=True)
-class E2E(Objective):
+class E2E(InPasses):
     """KL divergence from the language model's own logits to those with the SAE spliced in (Braun et al. 2024, section 2).
 
     `mse_coefficient` weighs SAELens' reconstruction loss at the SAE's own hook; the paper has none.
@@ -18,8 +19,13 @@ class E2E(Objective):
 
     name: ClassVar[str] = "e2e"
 
-    kl_coefficient: float = 1.0
-    mse_coefficient: float = 0.0
+    kl_coefficient: Coefficient = 1.0
+    mse_coefficient: Coefficient = 0.0
+
+    @property
+    @override
+    def logit_products(self) -> int:
+        return KL_PRODUCTS if self.kl_coefficient else 0
 
     @override
     def terms(self, batch: Batch) -> dict[str, Term]:

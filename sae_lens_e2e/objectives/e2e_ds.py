@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from typing_extensions import Self, override
 
-from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.base import KL_PRODUCTS, Coefficient, Term
 from sae_lens_e2e.objectives.batch import Batch
+from sae_lens_e2e.objectives.in_passes import InPasses
 from sae_lens_e2e.objectives.terms import downstream_mse, mean_over_hooks
 
 
 @dataclass(frozen=True)
-class E2EDownstream(Objective):
+class E2EDownstream(InPasses):
     """KL divergence of the logits plus the reconstruction error at later layers (Braun et al. 2024, section 2).
 
     The downstream term is the mean over `downstream_hooks` of the MSE at each; left at None they are every later block's
@@ -23,10 +24,10 @@ class E2EDownstream(Objective):
 
     name: ClassVar[str] = "e2e_ds"
 
-    kl_coefficient: float = 0.5
-    downstream_coefficient: float = 2.5
+    kl_coefficient: Coefficient = 0.5
+    downstream_coefficient: Coefficient = 2.5
     downstream_hooks: tuple[str, ...] | None = None
-    mse_coefficient: float = 0.0
+    mse_coefficient: Coefficient = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +60,11 @@ class E2EDownstream(Objective):
                 "downstream_hooks yourself, or use objective='e2e'"
             )
         return replace(self, downstream_hooks=tuple(later_blocks))
+
+    @property
+    @override
+    def logit_products(self) -> int:
+        return KL_PRODUCTS if self.kl_coefficient else 0
 
     @override
     def terms(self, batch: Batch) -> dict[str, Term]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from sae_lens_e2e.objectives.base import Objective, Term
+from sae_lens_e2e.objectives.base import Coefficient, Objective, Term
 from sae_lens_e2e.objectives.batch import Batch
 
 
@@ -16,7 +16,7 @@ class Local(Objective):
     name: ClassVar[str] = "local"
     compares_logits: ClassVar[bool] = False
 
-    mse_coefficient: float = 1.0
+    mse_coefficient: Coefficient = 1.0
 
     @override
     def terms(self, batch: Batch) -> dict[str, Term]:

@@ -18,6 +18,7 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 from sae_lens_e2e.evaluation.files import FILENAME as EVALUATION_FILENAME
 from sae_lens_e2e.publishing.model_card import MARK, model_card
 from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
+from sae_lens_e2e.yaml_file import read_json
 
 __all__ = ["Figures", "model_card", "upload_to_hub"]
 
@@ -73,7 +74,7 @@ def upload_to_hub(
         upload_saes_to_huggingface(dict(folders), repo_id, revision, add_default_readme=False)
         operations = _complete(folders, figures, there or ())
         if write_card:
-            configs = {sae_id: _read_json(folder / SAE_CFG_FILENAME) for sae_id, folder in folders.items()}
+            configs = {sae_id: read_json(folder / SAE_CFG_FILENAME) for sae_id, folder in folders.items()}
             others = _other_saes(api, repo_id, revision, there or (), folders)
             configs |= {sae_id: config for sae_id, (config, _) in others.items()}
             all_figures = figures | {sae_id: known for sae_id, (_, known) in others.items() if known}
@@ -141,7 +142,7 @@ def _files_there(api: HfApi, repo_id: str, revision: str) -> list[str] | None:
 
 
 def _check_card_is_ours(api: HfApi, repo_id: str, revision: str, there: Iterable[str]) -> None:
-    if _CARD in there and MARK not in _download(api, repo_id, revision, _CARD):
+    if _CARD in there and MARK not in Path(_download(api, repo_id, revision, _CARD)).read_text():
         raise FileExistsError(
             f"{repo_id} has a {_CARD} that was not written by sae-lens-e2e; pass write_card=False to keep it, or delete it "
             "on the Hub to have one written"
@@ -173,16 +174,12 @@ def _other_saes(
     others: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {}
     for sae_id in ids:
         if sae_id not in uploaded:
-            config = json.loads(_download(api, repo_id, revision, f"{sae_id}/{SAE_CFG_FILENAME}"))
+            config = read_json(_download(api, repo_id, revision, f"{sae_id}/{SAE_CFG_FILENAME}"))
             evaluation = f"{sae_id}/{EVALUATION_FILENAME}"
-            known = json.loads(_download(api, repo_id, revision, evaluation)) if evaluation in files else None
+            known = read_json(_download(api, repo_id, revision, evaluation)) if evaluation in files else None
             others[sae_id] = (config, known)
     return others
 
 
 def _download(api: HfApi, repo_id: str, revision: str, name: str) -> str:
-    return Path(api.hf_hub_download(repo_id, name, revision=revision)).read_text()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return api.hf_hub_download(repo_id, name, revision=revision)

@@ -47,6 +47,7 @@ def model_card(
     sections = {
         "SAEs": _table([{"SAE": code(sae_id), **_description(config)} for sae_id, config in configs.items()]),
         "Figures": _figures(evaluations or {}),
+        "Finetuning": _table([{"SAE": code(sae_id), **_finetuning(config)} for sae_id, config in configs.items()]),
         "Data": _table([{"SAE": code(sae_id), **_data(config)} for sae_id, config in configs.items()]),
         "Loading": _loading(repo_id, configs),
         "Method": _METHOD,
@@ -140,6 +141,22 @@ def _coefficients(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return _flat({**objective, **own, **others})
 
 
+def _finetuning(config: _Config) -> _Row:
+    """What `finetune` recorded of an SAE's origin."""
+    recorded = config.get("metadata", {}).get("finetuning")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    shown = {
+        "from": "source",
+        "revision": "revision",
+        "objective": "objective",
+        "tokens": "training_tokens",
+        "learning rate": "lr",
+        "L0 before": "l0_before",
+        "L0": "l0",
+    }
+    return {title: _shown(recorded.get(key)) for title, key in shown.items()}
+
+
 def _data(config: _Config) -> _Row:
     metadata = config.get("metadata", {})
     shown = {
@@ -212,6 +229,8 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}.{inner}": v for inner, v in _flat(value).items()}
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            flat |= _flat({f"{name}[{number}]": item for number, item in enumerate(value)})
         elif value not in (None, [], ()):
             flat[name] = value
     return flat

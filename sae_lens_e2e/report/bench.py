@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from sae_lens_e2e.architectures.transcoder import widths_of
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
 from sae_lens_e2e.loading import held_out_documents, load_model, model_settings
@@ -138,7 +139,7 @@ def _fitting(members: Sequence[Member], splice: SplicedModel, site: Site) -> tup
 def _misfit(member: Member, splice: SplicedModel, site: Site) -> str | None:
     """Why an SAE does not fit the model, if it does not."""
     try:
-        check_sites(splice, {member.name: site}, {member.name: member.sae.cfg.d_in})
+        check_sites(splice, {member.name: site}, {member.name: widths_of(member.sae.cfg)})
     except ValueError as error:
         return one_line(error)
     return None

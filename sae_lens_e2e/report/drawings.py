@@ -11,7 +11,7 @@ import plotly.io
 from sae_lens import logger
 
 from sae_lens_e2e.errors import one_line
-from sae_lens_e2e.evaluation import evaluation_frame, firing_frame, layers_frame
+from sae_lens_e2e.evaluation import evaluation_frame, firing_frame, layers_frame, together_frame
 from sae_lens_e2e.figures import FIGURES, FigureKind, figure_kind, history_frame, save
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.studies.directions import directions_frame
@@ -68,6 +68,7 @@ def _frames(results: Results) -> dict[str, Any]:
         "geometry": partial(_geometry, results),
         "directions": partial(directions_frame, _labelled(results.directions, labels)),
         "history": partial(history_frame, histories),
+        "together": partial(together_frame, results.together),
     }
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
+from sae_lens_e2e.evaluation import Evaluation
 from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.report import published
+from sae_lens_e2e.report.fair import seeded_frame
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, factor, nearest
 from sae_lens_e2e.report.sources import LOCAL
@@ -40,7 +41,7 @@ def findings(results: Results) -> list[Finding]:
     if LOCAL not in objectives:
         return found
     ends = [name for name in published.SIMILAR_CE if name != LOCAL and name in objectives]
-    comparisons = headline(evaluation_frame(results.evaluations))
+    comparisons = headline(seeded_frame(results))
     return [
         *(_ratio(results, one) for one in comparisons if one.other in ends),
         *found,

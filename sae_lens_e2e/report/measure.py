@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from sae_lens_e2e.errors import kept_to
+from sae_lens_e2e.evaluation import TogetherEvaluation
+from sae_lens_e2e.evaluation.files import read_together
 from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.close_up import measure_all_directions, measure_all_faithfulness, measure_geometry
 from sae_lens_e2e.report.evaluations import evaluate_all
@@ -39,6 +42,7 @@ def measure_all(
     damaged = {member.name: member.history_damage for member in members if member.history_damage is not None}
     results.notes += [f"The course of training of {name} is left out: {why}" for name, why in damaged.items()]
     alive = {}
+    results.together = _together(results)
     if "evaluation" in measures:
         alive = evaluate_all(results, bench, store, verbose)
         results.compared = similar_set(results.evaluations)
@@ -49,3 +53,16 @@ def measure_all(
     if "faithfulness" in measures:
         measure_all_faithfulness(results, bench, store, verbose)
     return results
+
+
+def _together(results: Results) -> dict[str, TogetherEvaluation]:
+    """What `sae-lens-e2e evaluate` or a sweep has found of the runs of several SAEs that the members are of."""
+    found: dict[str, TogetherEvaluation] = {}
+    runs = dict.fromkeys(member.folder.parent for member in results.members if member.folder is not None)
+    for run in runs:
+        with kept_to(
+            run.name, lambda name, error: results.notes.append(f"What {name} costs at once is left out: {error}")
+        ):
+            if (evaluation := read_together(run)) is not None:
+                found[run.name] = evaluation
+    return found

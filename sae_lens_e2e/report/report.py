@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e import __version__
-from sae_lens_e2e.evaluation import evaluation_frame, layers_frame
+from sae_lens_e2e.evaluation import evaluation_frame, layers_frame, together_frame
 from sae_lens_e2e.output import check_writable, write_whole
 from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import check_figures, drawings
@@ -128,6 +128,7 @@ def _write_frames(results: Results, folder: Path) -> None:
         "geometry": geometry_summary(results.geometry),
         "directions": directions_frame(results.directions),
         "faithfulness": faithfulness_frame(results.faithfulness),
+        "together": together_frame(results.together),
     }
     for name, frame in frames.items():
         file = folder / f"{name}.csv"

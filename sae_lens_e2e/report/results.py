@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sae_lens_e2e.evaluation import Evaluation
+from sae_lens_e2e.evaluation import Evaluation, TogetherEvaluation
 from sae_lens_e2e.report.selection import baseline_of, factor
 from sae_lens_e2e.report.sources import Member, Skipped
 from sae_lens_e2e.studies.directions import Directions
@@ -22,6 +22,8 @@ class Results:
     geometry: dict[str, list[Geometry]] = field(default_factory=dict)
     directions: dict[str, Directions] = field(default_factory=dict)
     faithfulness: dict[str, Faithfulness] = field(default_factory=dict)
+    together: dict[str, TogetherEvaluation] = field(default_factory=dict)
+    """By run, what the SAEs that were trained in it cost at once, as `evaluate` has left it beside them."""
     reused: list[str] = field(default_factory=list)
     """Evaluations that were found beside the SAEs."""
     notes: list[str] = field(default_factory=list)

@@ -30,8 +30,9 @@ PAPER = (
 )
 # Title, then the figures and tables under it, by name.
 _CONTENT = {
-    "cost": ("Cost and sparsity", ("pareto",), ("saes", "similar_ce", "similar_l0", "at_equal")),
+    "cost": ("Cost and sparsity", ("pareto",), ("saes", "seeds", "similar_ce", "similar_l0", "at_equal")),
     "layers": ("Later layers", ("layers",), ()),
+    "together": ("Several at once", ("replacement",), ("replacement",)),
     "features": ("Features", ("geometry", "firing"), ("geometry",)),
     "output": ("Length and direction", ("norms",), ("l2_ratio",)),
     "directions": ("Principal directions", ("directions",), ()),

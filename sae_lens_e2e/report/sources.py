@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
@@ -16,6 +15,7 @@ from sae_lens_e2e.apollo.sources import find
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.one_pass import sparsity_settings
 from sae_lens_e2e.evaluation.running import check_evaluable
+from sae_lens_e2e.loading.released import find_released
 from sae_lens_e2e.loading.saes import is_sae_folder, load_saes
 from sae_lens_e2e.report.store import digest, fingerprint_of_module
 from sae_lens_e2e.sweep.folders import CHECKPOINTS, FAILURE_FILENAME
@@ -103,7 +103,8 @@ def collect(
 ) -> tuple[list[Member], list[Skipped]]:
     """The SAEs at some sources, and those that cannot be used.
 
-    A source is an SAE's folder, a folder of such folders (a sweep's), or anything of Apollo's that `load_apollo_sae` takes.
+    A source is an SAE's folder, a folder of such folders (a sweep's), a released SAE by name (`find_released`), or anything of Apollo's that
+    `load_apollo_sae` takes.
     With `hook_name` only the SAEs at that hook are taken; `any_model` says that the models' names may differ.
 
     Raises ValueError or OSError for a source that holds no SAE, if the SAEs are of different models or hooks, or if none is left.
@@ -120,6 +121,7 @@ def collect(
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped) or f"none is at hook_name={hook_name!r}"
         raise ValueError(f"no SAE is left to report on ({reasons})")
     _check_one(members, "hook_name", "choose one with hook_name=")
+    _check_one(members, "hook_name_out", "report on transcoders of one hook to another")
     _check_one(members, "hook_head_index", "report on one head at a time")
     if not any_model:
         _check_one(members, "model_name", "if these are one model, say which with model=")
@@ -170,7 +172,8 @@ def _places(sources: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
 
 def _check_source(source: str) -> None:
     try:
-        find(source)
+        if find_released(source) is None:
+            find(source)
     except (OSError, ValueError) as error:
         raise type(error)(f"{source!r} is no SAE, nor a folder of them: {one_line(error)}") from error
 
@@ -222,9 +225,6 @@ def _config(place: str) -> Mapping[str, Any]:
 def _check_usable(name: str, sae: SAE[Any]) -> None:
     """Raises ValueError for an SAE that nothing can be measured of."""
     check_evaluable(name, sae)
-    for weights, tensor in sae.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"its {weights} holds numbers that are not finite")
     if not bool(sae.W_dec.any()):
         raise ValueError("its dictionary has no live feature: every row of W_dec is zero")
     if sae.cfg.metadata.hook_name is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e.output import write_whole
+from sae_lens_e2e.yaml_file import read_json
 
 Result = TypeVar("Result")
 
@@ -24,7 +25,7 @@ class Store:
     def get(self, key: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Result]) -> Result | None:
         """What was put under `key`, made by `read` from its figures; None if nothing was, or it cannot be read any more."""
         try:
-            return read(json.loads(self._file(key).read_text())["figures"])
+            return read(read_json(self._file(key))["figures"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

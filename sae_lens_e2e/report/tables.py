@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sae_lens_e2e.evaluation import Evaluation, evaluation_frame
+from sae_lens_e2e.evaluation import Evaluation, together_frame
 from sae_lens_e2e.evaluation.formats import count, decimals, digits, significant
 from sae_lens_e2e.evaluation.measures import MEASURES
+from sae_lens_e2e.report.fair import over_seeds, seeded_frame
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, baseline_of, factor, nearest
 from sae_lens_e2e.report.sources import Member, objective_order
@@ -47,7 +48,7 @@ def similar_l0(results: Results) -> Table:
 def at_equal(results: Results) -> Table:
     """What an SAE of each objective needs, along its front, at equal cost and at equal sparsity."""
     baseline = baseline_of(results.evaluations)
-    frame = comparison_frame(headline(evaluation_frame(results.evaluations), baseline))
+    frame = comparison_frame(headline(seeded_frame(results), baseline))
     columns = [
         *(Column("type"), Column("measure"), Column("at equal"), Column("of", significant(3))),
         *(Column("its own", significant(4)), Column(f"{baseline}’s", significant(4)), Column("ratio", decimals(2))),
@@ -57,6 +58,8 @@ def at_equal(results: Results) -> Table:
         list(map(_compared, rows.to_dict("records"))) for _, rows in frame.groupby(["other", "measure"], sort=False)
     ]
     note = "Interpolated between neighbouring SAEs of each front; nothing is extrapolated."
+    if frame["beyond_seeds"].notna().any():
+        note += " Means over seeds, each with a front of its own; the remark says whether the difference is larger than the larger of both ranges."
     return Table("at_equal", f"Against {baseline}, at equal cost and at equal sparsity", columns, groups, note)
 
 
@@ -70,6 +73,22 @@ def l2_ratio(results: Results) -> Table:
     ]
     note = "‖x̂‖/‖x‖ and the cosine of x̂ and x, means over tokens; 1 is perfect."
     return Table("l2_ratio", "Length and direction of the output", columns, [rows], note, paper="table 5")
+
+
+def replacement(results: Results) -> Table:
+    """What SAEs that were trained together cost at once, one more at a time, and each alone."""
+    measures = ("ce_loss_increase", "kl", "top1_agreement")
+    columns = [Column("run"), Column("spliced in"), Column("SAEs", count), Column("down to"), *map(_column, measures)]
+    frame = together_frame(results.together)
+    groups = [
+        [
+            [row[name] for name in ("group", "spliced", "n_saes", "hook_name", *measures)]
+            for row in rows.to_dict("records")
+        ]
+        for _, rows in frame.groupby(["group", "spliced"], sort=False)
+    ]
+    note = "As `sae-lens-e2e evaluate` left it beside the SAEs: the first, the first two and so on, in order of depth, and each alone."
+    return Table("replacement", "Several at once", columns, groups, note)
 
 
 def geometry(results: Results) -> Table:
@@ -173,7 +192,9 @@ def _similar(results: Results, equal: str, measure: str, name: str, paper: str) 
 
 def _compared(row: Mapping[str, Any]) -> list[Cell]:
     """A row of a `comparison_frame`."""
-    remark = row["reason"] if isinstance(row["reason"], str) else "median" if row["is_median"] else ""
+    median = "median" if row["is_median"] else ""
+    seeds = {True: "larger than the seeds’ range", False: "within the seeds’ range"}.get(row["beyond_seeds"], "")
+    remark = row["reason"] if isinstance(row["reason"], str) else ", ".join(filter(None, (median, seeds)))
     numbers = [row[name] for name in ("value", "other_value", "baseline_value", "ratio")]
     return [row["other"], MEASURES[row["measure"]].title, MEASURES[row["equal"]].title, *numbers, remark]
 
@@ -254,10 +275,14 @@ def tables(results: Results) -> Iterator[Table]:
     """Every table that there is something for, in the order of the page."""
     if results.evaluations:
         yield all_saes(results)
+        if (of_kinds := over_seeds(results)) is not None:
+            yield of_kinds
         if len({member.objective for member in results.members}) > 1:
             yield from (table for table in (similar_ce(results), similar_l0(results)) if table.groups)
             yield at_equal(results)
         yield l2_ratio(results)
+    if results.together:
+        yield replacement(results)
     if results.geometry:
         yield geometry(results)
     if results.faithfulness:

@@ -14,17 +14,17 @@ from sae_lens_e2e.splice.site import Site
 
 
 def check_sites(
-    model: SplicedModel, sites: Mapping[str, Site], widths: Mapping[str, int], hooks: Collection[str] = ()
+    model: SplicedModel, sites: Mapping[str, Site], widths: Mapping[str, tuple[int, int]], hooks: Collection[str] = ()
 ) -> None:
     """Check on a few tokens, by autograd, that modules fit their hooks and that what is compared does depend on them.
 
-    `sites` and `widths` (each module's d_in) go by the modules' names, which a message gives where there are several; `hooks` are
+    `sites` and `widths` (each module's d_in and d_out) go by the modules' names, which a message gives where there are several; `hooks` are
     those compared downstream. Raises ValueError in one line, naming the field that is wrong.
     """
     for name, site in sites.items():
-        for hook in (site.read, *site.writes):
+        for field, hook in site.named_hooks:
             if hook not in model.hooks:
-                raise unknown_hook(_of(name, sites) + "hook_name", hook, list(model.hooks))
+                raise unknown_hook(_of(name, sites) + field, hook, list(model.hooks))
     for hook in hooks:
         if hook not in model.hooks:
             raise unknown_hook("downstream_hooks", hook, list(model.hooks))
@@ -36,9 +36,9 @@ def check_sites(
         n_fewer = max(clean.tokens.shape[1] - 1, 1)
         shorter = model.clean(model.probe_tokens(n_fewer).repeat(2, 1), sites.values(), hooks)
         for name, site in sites.items():
-            for hook in (site.read, *site.writes):
-                _check_shape(_of(name, sites) + "hook_name", hook, clean, shorter)
-            _check_width(_of(name, sites), site, clean.at[site.read], widths[name])
+            for field, hook in site.named_hooks:
+                _check_shape(_of(name, sites) + field, hook, clean, shorter)
+            _check_widths(_of(name, sites), site, clean, *widths[name])
         for hook in hooks:
             _check_shape("downstream_hooks", hook, clean, shorter)
         _check_depends(model, clean, sites, hooks)
@@ -65,7 +65,8 @@ def _check_places(model: SplicedModel, sites: Mapping[str, Site]) -> None:
         for hook in site.writes:
             if order[hook] < order[site.read]:
                 raise ValueError(
-                    f"{_of(name, sites)}it reads {site.read}, which comes after {hook}, where it writes; swap them"
+                    f"{_of(name, sites)}hook_name={site.read!r} comes after hook_name_out={hook!r}, and a transcoder writes later "
+                    "than it reads; swap them"
                 )
 
 
@@ -81,8 +82,10 @@ def _check_shape(field: str, hook: str, *passes: Clean) -> None:
         )
 
 
-def _check_width(of: str, site: Site, activation: Tensor, d_in: int) -> None:
-    head = site.head_index
+def _check_widths(of: str, site: Site, clean: Clean, d_in: int, d_out: int) -> None:
+    head, activation = site.head_index, clean.at[site.read]
+    if head is not None and not site.is_sae:
+        raise ValueError(f"{of}hook_head_index={head}: a transcoder takes all heads of its hook; leave it at None")
     if head is not None and activation.ndim != 4:
         raise ValueError(f"{of}hook_head_index={head}: {site.read} has no heads; leave hook_head_index at None")
     if head is not None and not 0 <= head < activation.shape[2]:
@@ -90,6 +93,9 @@ def _check_width(of: str, site: Site, activation: Tensor, d_in: int) -> None:
     width = site.take(activation.flatten(0, 1)).shape[-1]
     if width != d_in:
         raise ValueError(f"{of}sae.d_in={d_in} does not fit {site.read}, which is {width} wide; set d_in={width}")
+    for hook in site.writes:
+        if (width := clean.at[hook].flatten(2).shape[-1]) != d_out and not site.is_sae:
+            raise ValueError(f"{of}sae.d_out={d_out} does not fit {hook}, which is {width} wide; set d_out={width}")
 
 
 def _check_depends(model: SplicedModel, clean: Clean, sites: Mapping[str, Site], hooks: Collection[str]) -> None:

@@ -22,7 +22,7 @@ from sae_lens_e2e.splice.site import Site
 from sae_lens_e2e.splice.stand_in import standing_in
 
 Replace = Callable[[Float[Tensor, "n d_in"]], Mapping[str, Float[Tensor, "n d_out"]]]
-"""What a sparse module does: from what it reads at the tokens that count to what it puts at each hook it writes."""
+"""What a sparse module does: from what it reads to what it puts, at the tokens that count, at each hook it writes."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,19 @@ class SplicedModel:
             return []
         return [*self.later_blocks(hook_name), self._anatomy.leaves]
 
+    @property
+    def parts(self) -> tuple[Sequence[nn.Module], nn.Module | None]:
+        """The model's blocks, in order, and its unembedding; none, and None, where they could not be told."""
+        return self._blocks, self._unembed
+
+    def blocks_up_to(self, hook_name: str) -> int:
+        """How many blocks have begun when a hook is called; the one that its activation enters has not."""
+        place, module = self._block(hook_name), self.hooks[hook_name]
+        if place == len(self._anatomy.blocks) or not _contains(self._anatomy.blocks[place], module):
+            return place
+        entered = self._anatomy.enters[place]
+        return place if entered is not None and self.hooks[entered] is module else place + 1
+
     def check_hook(self, hook_name: str, field: str = "hook_name") -> None:
         """Raise ValueError, with the hooks that look like it, for one the model does not have."""
         if hook_name not in self.hooks:
@@ -136,7 +149,7 @@ class SplicedModel:
         at: dict[str, Tensor] = {}
         entering: dict[int, Tensor] = {}
         wanted = dict.fromkeys([*(hook for site in sites for hook in (site.read, *site.writes)), *hooks])
-        starts = {self._start([site]) for site in sites} - {0}
+        starts = {self.start([site]) for site in sites} - {0}
         watches: list[tuple[nn.Module, Watch]] = [(self.hooks[hook], _keep(at, hook)) for hook in wanted]
         with torch.no_grad():
             leaving = {self._blocks[i - 1]: _keep(entering, i) for i in starts}
@@ -151,25 +164,27 @@ class SplicedModel:
         replace: Mapping[Site, Replace],
         hooks: Collection[str] = (),
         final: bool = True,
+        reading: Where | None = None,
     ) -> Spliced:
         """Run on from the earliest write, each module's output in its place at the tokens that count.
 
         A module is run once, on what the modules before it have left of the stream; modules at one and the same hook in the
         order given (see `in_order`). Outputs of several modules at one hook, none of which reads there, add up. The model's
-        own activation stays at all other tokens.
+        own activation stays at all other tokens. Modules are given those tokens only, or, for modules that look back, all that are
+        in `reading`; what they return is of the tokens that count either way.
         """
-        sites = list(replace)
-        start = self._start(sites)
+        sites, reading = list(replace), reading or where
+        start = self.start(sites)
         outputs: dict[tuple[Site, str], Tensor] = {}
         watches: list[tuple[nn.Module, Watch]] = []
         for site in sites:
             if self._block(site.read) < start:
                 # Nothing before the earliest write has changed.
-                _read(clean.at[site.read], site, replace[site], where, outputs)
+                _read(clean.at[site.read], site, replace[site], reading, outputs)
             elif site.is_sae:
-                watches.append((self.hooks[site.read], partial(_read_and_write, site, replace[site], where)))
+                watches.append((self.hooks[site.read], partial(_read_and_write, site, replace[site], reading, where)))
             else:
-                read = partial(_read, site=site, function=replace[site], where=where, outputs=outputs)
+                read = partial(_read, site=site, function=replace[site], reading=reading, outputs=outputs)
                 watches.append((self.hooks[site.read], read))
         for hook in dict.fromkeys(hook for site in sites if not site.is_sae for hook in site.writes):
             writers = [site for site in sites if hook in site.writes and not site.is_sae]
@@ -220,7 +235,7 @@ class SplicedModel:
             except _Done:
                 return final[0] if final else None
 
-    def _start(self, sites: Collection[Site]) -> int:
+    def start(self, sites: Collection[Site]) -> int:
         """The block to resume at: that of the earliest write. 0 if the model is run whole."""
         return min(self._block(hook) for site in sites for hook in site.writes) if self._blocks else 0
 
@@ -308,15 +323,16 @@ def _keep(kept: dict[Any, Tensor], key: Any) -> Watch:
 
 
 def _read(
-    activation: Tensor, site: Site, function: Replace, where: Where, outputs: dict[tuple[Site, str], Tensor]
+    activation: Tensor, site: Site, function: Replace, reading: Where, outputs: dict[tuple[Site, str], Tensor]
 ) -> None:
-    for hook, out in function(site.take(where.take(activation))).items():
+    for hook, out in function(site.take(reading.take(activation))).items():
         outputs[site, hook] = out
 
 
-def _read_and_write(site: Site, function: Replace, where: Where, activation: Tensor) -> Tensor:
+def _read_and_write(site: Site, function: Replace, reading: Where, where: Where, activation: Tensor) -> Tensor:
     rows = where.take(activation)
-    return where.put(activation, site.put(rows, function(site.take(rows))[site.read]))
+    given = rows if reading is where else reading.take(activation)
+    return where.put(activation, site.put(rows, function(site.take(given))[site.read]))
 
 
 def _write_sum(

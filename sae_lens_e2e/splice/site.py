@@ -22,10 +22,20 @@ class Site(NamedTuple):
         """The site of a module that reconstructs what it reads."""
         return cls(hook_name, (hook_name,), head_index)
 
+    @classmethod
+    def between(cls, hook_name: str, hook_name_out: str | None = None, head_index: int | None = None) -> Self:
+        """The site of a module that writes `hook_name_out`: what it reads, for an SAE, which has none."""
+        return cls(hook_name, (hook_name_out or hook_name,), head_index)
+
     @property
     def is_sae(self) -> bool:
         """Whether what is written stands for what was read."""
         return self.writes == (self.read,)
+
+    @property
+    def named_hooks(self) -> list[tuple[str, str]]:
+        """The hook it reads, and those it writes that are others, each with the name of the field that says so."""
+        return [("hook_name", self.read), *(("hook_name_out", hook) for hook in self.writes if not self.is_sae)]
 
     def take(self, activation: Float[Tensor, "n *d_act"]) -> Float[Tensor, "n d_in"]:
         """What the module takes of an activation: one head of it, or all heads side by side, as in SAELens."""

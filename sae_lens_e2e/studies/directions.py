@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e.columns import column_of
-from sae_lens_e2e.evaluation.running import check_evaluable, in_prompts, inference, reconstruct
+from sae_lens_e2e.evaluation.running import check_reconstructs, in_prompts, inference, reconstruct
 from sae_lens_e2e.evaluation.tokens import excluded_tokens
 from sae_lens_e2e.splice import Positions, Site, SplicedModel, Where, check_sites
 
@@ -100,7 +100,7 @@ def measure_directions(
     metadata, d_in = sae.cfg.metadata, sae.cfg.d_in
     if metadata.hook_name is None:
         raise ValueError("sae.cfg.metadata.hook_name is None; set it to the hook that the SAE was trained at")
-    check_evaluable("sae", sae)
+    check_reconstructs("sae", sae)
     index = tuple(default_directions(d_in) if directions is None else map(int, directions))
     if not index or len(set(index)) < len(index) or not all(0 <= i < d_in for i in index):
         raise ValueError(f"directions={list(index)} must be different numbers from 0 to {d_in - 1}, and at least one")
@@ -112,7 +112,7 @@ def measure_directions(
     n_tokens = sum(where.n for _, where in prompts)
     if n_tokens < 2:
         raise ValueError(f"seqpos_slice and exclude_special_tokens leave {n_tokens} tokens; give more prompts")
-    check_sites(splice, {"sae": site}, {"sae": d_in})
+    check_sites(splice, {"sae": site}, {"sae": (d_in, d_in)})
     with splice.running(), inference(sae):
         activations = _activations(splice, site, prompts, "Principal components")
         components = pca(site.take(where.take(activation)) for activation, where in activations)

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
-from sae_lens_e2e.evaluation.running import SplicedSAE, check_evaluable, in_prompts, inference
+from sae_lens_e2e.architectures.transcoder import widths_of
+from sae_lens_e2e.evaluation.running import SplicedSAE, check_reconstructs, in_prompts, inference
 from sae_lens_e2e.evaluation.tokens import Setting
 from sae_lens_e2e.splice import Clean, Replace, Site, SplicedModel, Unembedding, Where, check_sites
 from sae_lens_e2e.studies.agreement import agreement_pairs
@@ -115,7 +116,7 @@ def faithfulness(
     ValueError, before the model is run on prompts, if the model has no tokenizer, a pair's two prompts differ in length, no
     pair has continuations of one token, or the SAE does not fit the model.
     """
-    check_evaluable("sae", sae)
+    check_reconstructs("sae", sae)
     _check_options(ablation, batch_size, minimum_gap, n_resamples)
     pairs = agreement_pairs(model) if pairs is None else list(pairs)
     tokenized = tokenize_pairs(model, pairs)
@@ -128,7 +129,7 @@ def faithfulness(
             f"pairs: a prompt has {n_pos + len(bos)} tokens, and the model takes {splice.n_ctx}; leave it out"
         )
     batches = prompt_batches(tokenized, bos, setting.positions, batch_size, splice.device)
-    check_sites(splice, {"sae": site}, {"sae": sae.cfg.d_in})
+    check_sites(splice, {"sae": site}, {"sae": widths_of(sae.cfg)})
     with splice.running(), inference(sae):
         baseline = _baseline(ablation, splice, site, sae.cfg.d_in, batches, verbose)
         bar = tqdm(batches, "Faithfulness", leave=False, disable=not verbose)
@@ -216,8 +217,8 @@ def _logit_differences(
     """Of each prompt, in the original model, with the SAE spliced in, and in the baseline."""
     ablated = batch.where.take(baseline.expand(*batch.tokens.shape, -1))
 
-    def last(clean: Clean, where: Where, function: Replace) -> Tensor:
-        final = splice.spliced(clean, where, {site: function}).final
+    def last(clean: Clean, function: Replace, reading: Where | None = None) -> Tensor:
+        final = splice.spliced(clean, batch.where, {site: function}, reading=reading).final
         assert final is not None
         return final[:, -1]
 
@@ -225,8 +226,8 @@ def _logit_differences(
     assert clean.final is not None
     finals = [
         clean.final[:, -1],
-        last(clean, Where.everywhere(batch.tokens), SplicedSAE(sae, site, batch.where)),
-        last(clean, batch.where, lambda _: {site.read: ablated}),
+        last(clean, SplicedSAE(sae, site, batch.where), reading=Where.everywhere(batch.tokens)),
+        last(clean, lambda _: {site.read: ablated}),
     ]
     return torch.stack(
         [logit_difference(splice.unembedding, final, batch.choices).cpu().double() for final in finals], dim=-1

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sae_lens_e2e.evaluation.measures import MEASURES
+from sae_lens_e2e.studies.seeds import Spread, by_seed, differs_beyond_seeds
 
 HEADLINE = (("l0", "ce_loss_increase"), ("n_alive", "ce_loss_increase"), ("ce_loss_increase", "l0"))
 """The paper's comparisons: a measure, and what it is compared at equal values of."""
@@ -25,7 +26,8 @@ FRONT = ("l0", "ce_loss_increase")
 class AtValue:
     """Two groups' measures where both have the same `value` of something else, and `ratio`, other / baseline.
 
-    A measure is None where the value is outside its group's range; `reason` says so, and why there is no ratio.
+    A measure is None where the value is outside its group's range; `reason` says so, and why there is no ratio. Of groups with several
+    seeds they are the means, and `other_range` and `baseline_range` the lowest and highest of a seed.
     """
 
     value: float
@@ -33,6 +35,10 @@ class AtValue:
     baseline: float | None
     ratio: float | None
     reason: str | None = None
+    other_range: tuple[float, float] | None = None
+    baseline_range: tuple[float, float] | None = None
+    beyond_seeds: bool | None = None
+    """Whether the difference is larger than the larger of the two ranges; None where either group has one seed only."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ def compare_at_equal(
     both fronts are positive, and otherwise linear in the values. Nothing is extrapolated: outside of a group's range its
     measure is None, and the result says why.
 
+    Where the frame has a column `seed`, and each seed of a group equally many SAEs (two or more), each seed has a front of its own, what
+    is compared are the means over them, and `beyond_seeds` says whether the difference is larger than the seeds' range.
+
     Compared are the values in `at`, or else those of the baseline's own SAEs inside the overlap of the two fronts (of the
     other's, if the baseline has none there). Raises ValueError as `pareto` does, and for a group that is not in the frame.
     """
@@ -98,17 +107,21 @@ def compare_at_equal(
         raise ValueError(f"other={other!r} is the baseline itself; name another {group}")
     columns = list(dict.fromkeys((*front, measure)))
     checked = comparable(frame, *columns, group=group)
-    fronts = {name: _front(rows, *front) for name, rows in checked.groupby(group, sort=False)}
+    groups = dict(iter(checked.groupby(group, sort=False)))
     for name in (other, baseline):
-        if name not in fronts:
-            raise ValueError(f"there is no {group} {name!r} to compare; there are {', '.join(map(str, fronts))}")
-    curves = _curves({name: fronts[name] for name in (other, baseline)}, equal, measure)
-    reason = _incomparable(*curves)
+        if name not in groups:
+            raise ValueError(f"there is no {group} {name!r} to compare; there are {', '.join(map(str, groups))}")
+    fronts = {name: [_front(rows, *front) for rows in by_seed(groups[name])] for name in (other, baseline)}
+    curves = _curves(fronts, equal, measure)
+    reason = _incomparable(*curves[0], *curves[1])
     if reason is not None:
         points = tuple(AtValue(float(value), None, None, None, reason) for value in at or ())
         return Comparison(measure, equal, other, baseline, None, None, points, None, reason)
-    low, high = _overlap(*curves)
-    own = ([float(value) for value in curve.along if low <= value <= high] for curve in reversed(curves))
+    low, high = _overlap(*curves[0], *curves[1])
+    own = (
+        sorted({float(value) for curve in of_group for value in curve.along if low <= value <= high})
+        for of_group in reversed(curves)
+    )
     values = next(filter(None, own)) if at is None else list(map(float, at))
     inside = [value for value in values if low <= value <= high]
     at_median = _at_value(median(inside), *curves) if inside else None
@@ -137,8 +150,8 @@ def headline(frame: pd.DataFrame, baseline: str = "local", group: str = "objecti
 def comparison_frame(comparisons: Iterable[Comparison]) -> pd.DataFrame:
     """Every value compared on a row, and a row with the reason for what could not be compared at all.
 
-    Columns: measure, equal, other, baseline, value (of `equal`), other_value, baseline_value (of `measure`), ratio, is_median
-    and reason. The median is a row of its own where no SAE has just this value.
+    Columns: measure, equal, other, baseline, value (of `equal`), other_value, baseline_value (of `measure`), ratio, is_median,
+    reason, and of several seeds beyond_seeds, other_low, other_high, baseline_low and baseline_high. The median is a row of its own where no SAE has just this value.
     """
     rows = []
     for found in comparisons:
@@ -155,12 +168,21 @@ def comparison_frame(comparisons: Iterable[Comparison]) -> pd.DataFrame:
                 "ratio": point.ratio,
                 "is_median": point == found.at_median,
                 "reason": point.reason,
+                "beyond_seeds": point.beyond_seeds,
+                **_bounds("other", point.other_range),
+                **_bounds("baseline", point.baseline_range),
             }
             for point in points
         ] or [{**of, "is_median": False, "reason": found.reason}]
     numbers = ["value", "other_value", "baseline_value", "ratio"]
-    columns = ["measure", "equal", "other", "baseline", *numbers, "is_median", "reason"]
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(numbers, float))
+    ranges = [*_bounds("other", None), *_bounds("baseline", None)]
+    columns = ["measure", "equal", "other", "baseline", *numbers, "is_median", "reason", "beyond_seeds", *ranges]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys([*numbers, *ranges], float))
+
+
+def _bounds(of: str, bounds: tuple[float, float] | None) -> dict[str, float | None]:
+    low, high = bounds or (None, None)
+    return {f"{of}_low": low, f"{of}_high": high}
 
 
 def sentence(comparison: Comparison) -> str:
@@ -171,7 +193,10 @@ def sentence(comparison: Comparison) -> str:
         return f"{other} and {baseline} cannot be compared in {measure} at equal {equal}: {comparison.reason}."
     article = "an" if equal.startswith(("L0", "a", "e", "i", "o")) else "a"
     value = f"{found.value:.3g}{_unit(comparison.equal)}"
-    return f"At {article} {equal} of {value}, {other} has {found.ratio:.2f} times the {measure} of {baseline}."
+    said = f"At {article} {equal} of {value}, {other} has {found.ratio:.2f} times the {measure} of {baseline}"
+    if found.beyond_seeds is None:
+        return f"{said}."
+    return f"{said}, a difference {'larger' if found.beyond_seeds else 'no larger'} than the seeds’ range."
 
 
 def comparable(frame: pd.DataFrame, *columns: str, group: str = "objective") -> pd.DataFrame:
@@ -235,13 +260,19 @@ class _Curve:
         return math.exp(found) if self.log_values else found
 
 
-def _curves(fronts: Mapping[str, pd.DataFrame], equal: str, measure: str) -> list[_Curve]:
-    fronts = {name: rows.drop_duplicates(equal).sort_values(equal) for name, rows in fronts.items()}
-    logs = [all(bool((rows[column] > 0).all()) for rows in fronts.values()) for column in (equal, measure)]
-    return [
-        _Curve(name, equal, measure, rows[equal].to_numpy(float), rows[measure].to_numpy(float), *logs)
-        for name, rows in fronts.items()
+def _curves(fronts: Mapping[str, Sequence[pd.DataFrame]], equal: str, measure: str) -> list[list[_Curve]]:
+    """For each group a curve a seed."""
+    logs = [
+        all(bool((rows[column] > 0).all()) for of_group in fronts.values() for rows in of_group)
+        for column in (equal, measure)
     ]
+    return [[_curve(name, rows, equal, measure, *logs) for rows in of_group] for name, of_group in fronts.items()]
+
+
+def _curve(name: str, front: pd.DataFrame, equal: str, measure: str, log_along: bool, log_values: bool) -> _Curve:
+    rows = front.drop_duplicates(equal).sort_values(equal)
+    along, values = rows[equal].to_numpy(float), rows[measure].to_numpy(float)
+    return _Curve(name, equal, measure, along, values, log_along, log_values)
 
 
 def _front(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -265,16 +296,25 @@ def _incomparable(*curves: _Curve) -> str | None:
     return f"outside the range: {ranges}" if low > high else None
 
 
-def _at_value(value: float, other: _Curve, baseline: _Curve) -> AtValue:
-    found, reference = other.at(value), baseline.at(value)
+def _at_value(value: float, others: Sequence[_Curve], baselines: Sequence[_Curve]) -> AtValue:
+    found, reference = _over_seeds(value, others), _over_seeds(value, baselines)
     if found is None or reference is None:
-        reason = f"outside the range of both, {_range(*_overlap(other, baseline), other.equal)}"
-        return AtValue(value, found, reference, None, reason)
-    if reference <= 0 or found < 0:
-        curve, figure = (baseline, reference) if reference <= 0 else (other, found)
+        reason = f"outside the range of both, {_range(*_overlap(*others, *baselines), others[0].equal)}"
+        return AtValue(value, found and found.mean, reference and reference.mean, None, reason)
+    of_other, of_baseline = ((one.low, one.high) if one.n > 1 else None for one in (found, reference))
+    seeds = (of_other, of_baseline, differs_beyond_seeds(found, reference))
+    if reference.mean <= 0 or found.mean < 0:
+        curve, figure = (baselines[0], reference.mean) if reference.mean <= 0 else (others[0], found.mean)
         reason = f"{_noun(curve.measure)} of {curve.group} is {figure:.3g} there, of which no ratio can be taken"
-        return AtValue(value, found, reference, None, reason)
-    return AtValue(value, found, reference, found / reference)
+        return AtValue(value, found.mean, reference.mean, None, reason, *seeds)
+    return AtValue(value, found.mean, reference.mean, found.mean / reference.mean, None, *seeds)
+
+
+def _over_seeds(value: float, curves: Sequence[_Curve]) -> Spread | None:
+    """A group's measure; None outside of the range of any of its seeds."""
+    found = [curve.at(value) for curve in curves]
+    known = [one for one in found if one is not None]
+    return Spread.of(known) if len(known) == len(found) else None
 
 
 def _noun(column: str) -> str:

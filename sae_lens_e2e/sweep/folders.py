@@ -10,9 +10,9 @@ from sae_lens_e2e.errors import named_line, one_line
 from sae_lens_e2e.evaluation import Evaluation
 from sae_lens_e2e.evaluation.files import read_evaluation
 from sae_lens_e2e.output import clean_partials, write_whole
-from sae_lens_e2e.sweep.grid import AnyConfig
+from sae_lens_e2e.sweep.plan import AnyConfig
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
-from sae_lens_e2e.training.same_run import difference
+from sae_lens_e2e.training.same_run import difference, held_out_difference
 
 FAILURE_FILENAME = "failed.txt"
 CHECKPOINTS = "checkpoints"
@@ -65,14 +65,15 @@ def evaluation_in(folder: Path) -> Evaluation | None:
         return None
 
 
-def check_same(folder: Path, cfg: AnyConfig) -> str | None:
+def check_same(folder: Path, cfg: AnyConfig, held_out: float) -> str | None:
     """What is damaged, if the folder holds a run whose settings cannot be read; raises ValueError for one with other settings."""
     checkpoints = (file.parent for file in folder.glob(f"{CHECKPOINTS}/*/{RUNNER_CFG_FILENAME}"))
+    first = next(iter(cfg.saes)) if isinstance(cfg, E2EMultiRunnerConfig) else ""
     for recorded in (folder, *checkpoints):
         try:
-            other = difference(recorded, cfg)
-        except (OSError, ValueError):
-            return f"{recorded / RUNNER_CFG_FILENAME} is damaged; remove its folder to run the point without it"
+            other = difference(recorded, cfg) or held_out_difference(recorded / first, held_out)
+        except (OSError, ValueError) as error:
+            return f"{one_line(error)}; remove its folder to run the point without it"
         if other is not None:
             raise ValueError(
                 f"{folder} holds a run with other settings ({other.name}: {other.then!r}, now {other.now!r}); choose another "

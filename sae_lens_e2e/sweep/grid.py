@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +14,16 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.loading.documents import check_held_out
 from sae_lens_e2e.names import check_folder_name
+from sae_lens_e2e.sweep.plan import Point, Sweep, Tune
+from sae_lens_e2e.sweep.tuning import check_tunable
 from sae_lens_e2e.training.config import E2ERunnerConfig
+from sae_lens_e2e.training.cost import check_countable
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.yaml_file import read_yaml
 
-AnyConfig = E2ERunnerConfig[Any] | E2EMultiRunnerConfig
-
-_SECTIONS = ("name", "base", "grid", "evaluation")
+_SECTIONS = ("name", "base", "grid", "evaluation", "tune", "equal")
+_EQUAL = ("tokens", "flops")
 _EVALUATION = ("batch_size_prompts", "max_tokens", "held_out")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One SAE of a sweep."""
-
-    name: str
-    """What varies, fit for a folder: 'e2e_ds-l1_coefficient=0.1-seed=0'."""
-    settings: Mapping[str, Any]
-    """As in the file, base and grid together."""
-
-    def config(self, folder: Path) -> AnyConfig:
-        """The run that trains it into `folder`. Raises ValueError, naming the field, for what cannot be honoured."""
-        settings = {
-            "logger": {"log_to_wandb": False},
-            **deepcopy(dict(self.settings)),
-            "output_path": str(folder),
-            "checkpoint_path": str(folder / "checkpoints"),
-        }
-        try:
-            return (E2EMultiRunnerConfig if "saes" in settings else E2ERunnerConfig).from_dict(settings)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"point {self.name}: {' '.join(str(error).split())}") from error
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What to train and evaluate, in the order of the file."""
-
-    name: str
-    points: tuple[Point, ...]
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """`batch_size_prompts` and `max_tokens` of the evaluation, and `held_out`, the part of the documents kept for it."""
-    content: Mapping[str, Any] = field(default_factory=dict)
-    """All of the file."""
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -64,8 +31,9 @@ def read_sweep(path: str | Path) -> Sweep:
 
     `base` holds fields of `E2ERunnerConfig`, the SAE's under `sae` (with its `architecture`) and the logger's under
     `logger`. `grid` is a mapping, or a list of mappings, from fields (`objective`, `seed`, `sae.l1_coefficient`) to a value or
-    a list of values; every combination within a mapping is a point. Raises ValueError, naming what is wrong, before
-    anything is run.
+    a list of values; every combination within a mapping is a point. Stages are a list themselves, one of the values of `objective`. `tune` holds
+    fields of `Tune`; `equal: flops` gives every point the training FLOPs of the most expensive one. Raises ValueError, naming what is wrong,
+    before anything is run.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -100,8 +68,20 @@ def _sweep(content: Mapping[str, Any], path: Path) -> Sweep:
         raise ValueError(f"point {twice[0]} is there twice; a field of the grid must tell them apart")
     for point in points:
         check_folder_name(f"point {point.name}", point.name)
-        point.config(path.parent)
-    return Sweep(name, tuple(points), evaluation, content)
+    equal = content.get("equal", "tokens")
+    if equal not in _EQUAL:
+        raise ValueError(f"equal: {equal!r} must be one of {', '.join(_EQUAL)}")
+    for point in points:
+        cfg = point.config(path.parent)
+        if equal == "flops":
+            check_countable(cfg.objective)  # pyright: ignore[reportArgumentType]
+    tune = None
+    if content.get("tune") is not None:
+        _refuse_unknown(content["tune"], [f.name for f in fields(Tune)], "tune")
+        tune = Tune(**{"lr": (), **content["tune"]})
+    sweep = Sweep(name, tuple(points), evaluation, content, tune, equal)
+    check_tunable(sweep, path.parent)
+    return sweep
 
 
 def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
@@ -140,13 +120,21 @@ def _name(chosen: Mapping[str, Any]) -> str:
     parts = []
     for key, value in chosen.items():
         if key == "objective":
-            settings = value if isinstance(value, dict) else {}
-            given = {k: v for k, v in settings.items() if k != "name" and not isinstance(v, (list, dict))}
-            name = settings.get("name") if isinstance(value, dict) else value
-            parts.append("-".join([str(name), *(f"{k}={v}" for k, v in given.items())]))
+            parts.append(_name_of_objective(value))
         else:
             parts.append(f"{key.split('.')[-1]}={value}")
     return re.sub(r"[^\w.=+-]+", "_", "-".join(parts)) or "only"
+
+
+def _name_of_objective(value: Any) -> str:
+    """A name, or that of its settings and what is given beside it; stages by their objectives."""
+    if isinstance(value, list):
+        return "-then-".join(_name_of_objective(stage) for stage in value)
+    if not isinstance(value, dict):
+        return str(value)
+    kind = next((key for key in ("name", "stages", "objective") if key in value), "name")
+    given = [f"{k}={v}" for k, v in value.items() if k not in ("name", kind) and not isinstance(v, (list, dict))]
+    return "-".join([_name_of_objective(value.get(kind)), *given])
 
 
 def _refuse_unknown_settings(settings: Mapping[str, Any]) -> None:

@@ -3,15 +3,13 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import wandb
 import yaml
 from sae_lens import SAE, logger
 
@@ -19,10 +17,13 @@ from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.errors import kept_to, named_line
 from sae_lens_e2e.evaluation import evaluate_each, evaluate_together, evaluation_frame
 from sae_lens_e2e.evaluation.files import write_evaluation, write_together
-from sae_lens_e2e.loading import HELD_OUT, load_documents, load_model
+from sae_lens_e2e.loading import HELD_OUT, load_documents, load_model, validation_documents
 from sae_lens_e2e.loading.folder import load_folder
 from sae_lens_e2e.output import check_writable, locked, written_whole
 from sae_lens_e2e.splice import SplicedModel, device_of
+from sae_lens_e2e.studies.seeds import SEED
+from sae_lens_e2e.sweep import tuning
+from sae_lens_e2e.sweep.budgets import matched
 from sae_lens_e2e.sweep.folders import (
     CHECKPOINTS,
     FAILURE_FILENAME,
@@ -35,7 +36,8 @@ from sae_lens_e2e.sweep.folders import (
     record_failure,
     saes_of,
 )
-from sae_lens_e2e.sweep.grid import AnyConfig, Sweep
+from sae_lens_e2e.sweep.plan import AnyConfig, Sweep, Tune
+from sae_lens_e2e.sweep.wandb_runs import wandb_runs
 from sae_lens_e2e.training.checks import check_devices
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.loop import fit
@@ -46,9 +48,11 @@ from sae_lens_e2e.training.runner import E2ETrainingRunner
 from sae_lens_e2e.training.setup import step_plan
 from sae_lens_e2e.training.statistics import ESTIMATED
 from sae_lens_e2e.training.step import OnFailure, reraise
-from sae_lens_e2e.training.trainer import Log
+from sae_lens_e2e.training.wandb_run import WandbRun
 
 AnyRunner = E2ETrainingRunner | E2EMultiTrainingRunner
+LoadDocuments = Callable[[str, float], tuple[Any, Any]]
+"""From a dataset's name and the part that is kept for evaluation to the documents to train on, and to evaluate on."""
 
 RESULTS_FILENAME = "results.csv"
 SWEEP_FILENAME = "sweep.yaml"
@@ -69,7 +73,7 @@ def run_sweep(sweep: Sweep, output: str | Path, *, together: int | None = None) 
     At most `together` SAEs are in memory at once, by default all that can share a clean pass. A point that fails leaves a
     `failed.txt` that says why, and does not stop the others, nor does a file of it that is damaged; an interruption leaves
     checkpoints from which the same call goes on. Gives, and writes as `results.csv` beside the sweep itself, the evaluation of each
-    finished point, a row a point. Raises, before any work, ValueError if a folder holds a point with other settings,
+    finished point, with its seed, a row a point. Learning rates that the sweep wants tuned are chosen first, in `tuning.json`. Raises, before any work, ValueError if a folder holds a point with other settings,
     BlockingIOError if another process is at work on the sweep.
     """
     check_writable(output)
@@ -78,8 +82,35 @@ def run_sweep(sweep: Sweep, output: str | Path, *, together: int | None = None) 
 
 
 def _run_sweep(sweep: Sweep, output: Path, together: int | None) -> pd.DataFrame:
+    sweep = matched(sweep, output)
+    if sweep.tune is not None:
+        sweep = _tuned(sweep, sweep.tune, output, together)
+    frame = _run_points(sweep, output, together, load_documents)
+    if len(frame):
+        with written_whole(output) as folder:
+            frame.to_csv(folder / RESULTS_FILENAME, index=False)
+            (folder / SWEEP_FILENAME).write_text(yaml.safe_dump(dict(sweep.content), sort_keys=False))
+    return frame
+
+
+def _tuned(sweep: Sweep, tune: Tune, output: Path, together: int | None) -> Sweep:
+    """The sweep with a learning rate for each point, for which candidates are run unless that is done; without those that have none."""
+    if names := tuning.undecided(sweep, output):
+        load = partial(validation_documents, part=tune.validation)
+        _run_points(tuning.candidates(sweep, names, output), output / tuning.FOLDER, together, load)
+        tuning.decide(sweep, names, output)
+    chosen, failed = tuning.tuned(sweep, output)
+    for name, reason in failed.items():
+        record_failure(output, name, ValueError(reason))
+    if not failed:
+        shutil.rmtree(output / tuning.FOLDER, ignore_errors=True)
+    return chosen
+
+
+def _run_points(sweep: Sweep, output: Path, together: int | None, load: LoadDocuments) -> pd.DataFrame:
+    """Train and evaluate the points that are not finished, and give the evaluations of those that are."""
     configs = {point.name: point.config(output / point.name) for point in sweep.points}
-    checked = {name: check_same(output / name, cfg) for name, cfg in configs.items()}
+    checked = {name: check_same(output / name, cfg, _held_out(sweep)) for name, cfg in configs.items()}
     for name, cfg in configs.items():
         clean(output / name, cfg)
     todo = {name: cfg for name, cfg in configs.items() if not is_finished(output, name, cfg)}
@@ -88,14 +119,10 @@ def _run_sweep(sweep: Sweep, output: Path, together: int | None) -> pd.DataFrame
         if damage is not None and todo.pop(name, None) is not None:
             record_failure(output, name, ValueError(damage))
     for group in groups(todo, together):
-        _run_group(sweep, output, {name: configs[name] for name in group})
-    results = read_results(output, [sae for name, cfg in configs.items() for sae in saes_of(name, cfg)])
-    frame = evaluation_frame(results)
-    if results:
-        with written_whole(output) as folder:
-            frame.to_csv(folder / RESULTS_FILENAME, index=False)
-            (folder / SWEEP_FILENAME).write_text(yaml.safe_dump(dict(sweep.content), sort_keys=False))
-    return frame
+        _run_group(sweep, output, {name: configs[name] for name in group}, load)
+    seeds = {sae: cfg.seed for name, cfg in configs.items() for sae in saes_of(name, cfg)}
+    results = read_results(output, list(seeds))
+    return evaluation_frame(results).assign(**{SEED: [seeds[sae] for sae in results]})
 
 
 def groups(configs: Mapping[str, AnyConfig], together: int | None = None) -> list[list[str]]:
@@ -119,13 +146,13 @@ def _estimates(cfg: AnyConfig) -> list[Any]:
     return [[hooks[name], normalize] for name, normalize in found.items()]
 
 
-def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, AnyConfig]) -> None:
+def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, AnyConfig], load: LoadDocuments) -> None:
     fail = partial(record_failure, output)
     for name in configs:
         (output / name / FAILURE_FILENAME).unlink(missing_ok=True)
     first = next(iter(configs.values()))
     try:
-        model, documents, held_out = _model_and_data(sweep, first)
+        model, documents, held_out = _model_and_data(sweep, first, load)
         splice = SplicedModel(model, first.model_kwargs)
     except Exception as error:
         for name in configs:
@@ -138,10 +165,10 @@ def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, AnyConfig]) -> 
             continue
         with kept_to(name, fail):
             runners[name] = runner_of(_without_wandb(cfg), documents, model, splice, _held_out(sweep))
-    with _wandb_runs(sweep.name, {name: configs[name] for name in runners}) as wandb_runs:
+    with wandb_runs(sweep.name, {name: configs[name] for name in runners}) as logged:
         if runners:
-            trained += _train_group(splice, runners, wandb_runs, fail)
-        _evaluate_group(sweep, output, {name: configs[name] for name in trained}, model, held_out, wandb_runs, fail)
+            trained += _train_group(splice, runners, logged, fail)
+        _evaluate_group(sweep, output, {name: configs[name] for name in trained}, model, held_out, logged, fail)
 
 
 def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel, held_out: float) -> AnyRunner:
@@ -157,11 +184,11 @@ def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel, he
     return E2ETrainingRunner(cfg, **given)
 
 
-def _model_and_data(sweep: Sweep, cfg: AnyConfig) -> tuple[Any, Any, Any]:
+def _model_and_data(sweep: Sweep, cfg: AnyConfig, load: LoadDocuments) -> tuple[Any, Any, Any]:
     assert cfg.llm_device is not None
     check_devices(cfg)
     model = load_model(cfg.model_name, cfg.llm_device, cfg.model_class_name, cfg.model_from_pretrained_kwargs)
-    return model, *load_documents(cfg.dataset_path, _held_out(sweep))
+    return model, *load(cfg.dataset_path, _held_out(sweep))
 
 
 def _held_out(sweep: Sweep) -> float:
@@ -171,12 +198,12 @@ def _held_out(sweep: Sweep) -> float:
 def _train_group(
     splice: SplicedModel,
     runners: Mapping[str, AnyRunner],
-    wandb_runs: Mapping[str, Any],
+    logged: Mapping[str, WandbRun],
     fail: Callable[[str, Exception], None],
 ) -> list[str]:
     """Train the runners' SAEs together, save those that end, and give their names."""
     leader = next(iter(runners.values()))
-    batches = PromptBatches(leader.activations_store, leader.cfg.prompts_per_step, splice.d_vocab_in)
+    batches = PromptBatches(leader.activations_store, leader.cfg.prompts_per_step)
     names: dict[Group, str] = {}
     left, ended = dict(runners), []
 
@@ -202,7 +229,7 @@ def _train_group(
         # One store for all, so that each checkpoint knows how far it was read.
         runner.activations_store = leader.activations_store
         with kept_to(name, stop):
-            names[runner.make_group(batches, _logging_to(wandb_runs.get(name)))] = name
+            names[runner.make_group(batches, logged[name].log if name in logged else None)] = name
     try:
         if names:
             resume(leader, list(names), stop_group)
@@ -215,12 +242,6 @@ def _train_group(
         for name in list(left):
             stop(name, error)
     return ended
-
-
-def _logging_to(wandb_run: Any) -> Log | None:
-    if wandb_run is None:
-        return None
-    return lambda figures, step: wandb_run.log(figures, step=step)
 
 
 def resume(leader: AnyRunner, groups: Sequence[Group], on_failure: OnFailure = reraise) -> None:
@@ -253,7 +274,7 @@ def _evaluate_group(
     configs: Mapping[str, AnyConfig],
     model: Any,
     held_out: Any,
-    wandb_runs: Mapping[str, Any],
+    logged: Mapping[str, WandbRun],
     fail: Callable[[str, Exception], None],
 ) -> None:
     """Evaluate what was saved, as anyone would load it, on the held-out documents."""
@@ -277,10 +298,10 @@ def _evaluate_group(
         except OSError as error:
             stop(sae, error)
             continue
-        if (run := wandb_runs.get(points[sae])) is not None:
+        if (run := logged.get(points[sae])) is not None:
             prefix = sae.removeprefix(points[sae]).removeprefix("/")
             scalars = {k: v for k, v in result.to_dict().items() if isinstance(v, (int, float))}
-            run.summary.update({f"{prefix}/evaluation/{key}".lstrip("/"): value for key, value in scalars.items()})
+            run.summarise({f"{prefix}/evaluation/{key}".lstrip("/"): value for key, value in scalars.items()})
     for name, cfg in configs.items():
         if isinstance(cfg, E2EMultiRunnerConfig) and name not in failed:
             with kept_to(name, fail):
@@ -293,24 +314,3 @@ def _without_wandb(cfg: AnyConfig) -> AnyConfig:
     quiet = copy.copy(cfg)
     quiet.logger = replace(cfg.logger, log_to_wandb=False)
     return quiet
-
-
-@contextmanager
-def _wandb_runs(group: str, configs: Mapping[str, AnyConfig]) -> Iterator[dict[str, Any]]:
-    runs = {
-        name: wandb.init(
-            project=cfg.logger.wandb_project,
-            entity=cfg.logger.wandb_entity,
-            group=group,
-            name=name,
-            config=cfg.to_dict(),
-            reinit="create_new",
-        )
-        for name, cfg in configs.items()
-        if cfg.logger.log_to_wandb
-    }
-    try:
-        yield runs
-    finally:
-        for run in runs.values():
-            run.finish()

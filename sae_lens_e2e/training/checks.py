@@ -9,12 +9,17 @@ from datasets import DatasetDict, IterableDatasetDict
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import extract_layer_from_tlens_hook_name
+from torch import zeros
+from torch.optim import SGD
 
+from sae_lens_e2e.architectures.transcoder import TRANSCODERS, is_transcoder
 from sae_lens_e2e.devices import check_device
-from sae_lens_e2e.objectives import Objective
+from sae_lens_e2e.errors import one_line
+from sae_lens_e2e.splice import Site
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import check_has_bridge
 from sae_lens_e2e.training.field_types import check_types
+from sae_lens_e2e.training.stages import AnyObjective, Stage, Stages
 from sae_lens_e2e.training.statistics import ESTIMATED
 
 MODEL_CLASSES = ("HookedTransformer", BRIDGE, "AutoModelForCausalLM")
@@ -35,6 +40,7 @@ _RANGES: tuple[tuple[tuple[str, ...], float, str], ...] = (
                 "store_batch_size_prompts",
                 "training_tokens",
                 "d_in",
+                "d_out",
                 "d_sae",
             ),
             *("n_batches_in_buffer", "n_batches_for_norm_estimate", "feature_sampling_window", "n_restart_cycles"),
@@ -112,7 +118,7 @@ class OfWholePrompts:
         return len(range(self.context_size)[slice(*self.seqpos_slice)])
 
 
-def check_meaning(cfg: Any, objective: Objective, saes: Mapping[str, TrainingSAEConfig]) -> None:
+def check_meaning(cfg: Any, objective: AnyObjective, saes: Mapping[str, TrainingSAEConfig]) -> None:
     """Raise ValueError, naming it, for a field of SAELens' that has no meaning here."""
     if getattr(cfg, "use_cached_activations", False):
         raise ValueError(
@@ -156,8 +162,12 @@ def check_values(cfg: Any, saes: Mapping[str, TrainingSAEConfig]) -> None:
         _check_ranges(sae, of)
         if (k := getattr(sae, "k", None)) is not None and k > sae.d_sae:
             raise ValueError(f"{of}k={k!r} is more than the SAE has features, d_sae={sae.d_sae}; lower it")
-    if cfg.lr_scheduler_name.lower() not in SCHEDULERS:
-        raise ValueError(f"lr_scheduler_name={cfg.lr_scheduler_name!r} must be one of {', '.join(SCHEDULERS)}")
+    _check_scheduler(cfg.lr_scheduler_name)
+
+
+def _check_scheduler(name: str, of: str = "") -> None:
+    if name.lower() not in SCHEDULERS:
+        raise ValueError(f"{of}lr_scheduler_name={name!r} must be one of {', '.join(SCHEDULERS)}")
 
 
 def _check_ranges(config: Any, of: str = "") -> None:
@@ -173,7 +183,37 @@ def _check_ranges(config: Any, of: str = "") -> None:
                 raise ValueError(f"{of}{name}={value!r} must be below 1")
 
 
-def check_hook_order(cfg: Any, objective: Objective, hook_name: str) -> None:
+def check_sites_of(
+    saes: Mapping[str, TrainingSAEConfig], sites: Mapping[str, Site], hooks_out: Mapping[str, str]
+) -> None:
+    """Raise ValueError, naming the field, for a transcoder that writes no hook of its own, or an SAE that does."""
+    for name, sae in saes.items():
+        of = f"[{name!r}]" if len(saes) > 1 else ""
+        field, architecture = ("hook_names_out" if of else "hook_name_out") + of, sae.architecture()
+        site, hook_out = sites[name], hooks_out.get(name)
+        if not is_transcoder(sae):
+            if hook_out is not None:
+                raise ValueError(
+                    f"{field}={hook_out!r}: the architecture {architecture!r} stands for what it reads; leave it out, or train one of "
+                    f"{', '.join(TRANSCODERS)}"
+                )
+            continue
+        if hook_out is None:
+            raise ValueError(
+                f"{field} is not set, and a {architecture} reads {site.read!r} to stand for the activation at another hook; name "
+                "that hook"
+            )
+        if hook_out == site.read:
+            raise ValueError(
+                f"{field}={hook_out!r} is the hook that it reads; name another, or train an SAE, such as 'batchtopk'"
+            )
+        if site.head_index is not None:
+            raise ValueError(
+                f"hook_head_index={site.head_index}: a {architecture} takes all heads of its hook; leave it at None"
+            )
+
+
+def check_hook_order(cfg: Any, objective: AnyObjective, hook_name: str) -> None:
     """Raise ValueError for a compared hook that, going by TransformerLens' names, does not come after the SAE's."""
     if cfg.model_class_name == "AutoModelForCausalLM":
         return
@@ -205,6 +245,51 @@ def check_batches(cfg: Any) -> None:
         f"store_batch_size_prompts={cfg.store_batch_size_prompts} prompts with {trained_context} tokens each; "
         f"set it to {nearest}{fewer}"
     )
+
+
+def check_stages(cfg: Any, objective: AnyObjective) -> None:
+    """Raise ValueError, naming it, for a stage that is out of order, out of range, or without a step of its own in this run."""
+    if not isinstance(objective, Stages):
+        return
+    before = 0.0
+    for number, stage in enumerate(objective.stages):
+        of = _of_stage(number)
+        check_types(stage, Stage, of)
+        _check_ranges(stage, of)
+        if stage.lr is not None and not stage.lr > 0:
+            raise ValueError(f"{of}lr={stage.lr!r} must be above 0; leave it out for the run's, {cfg.lr!r}")
+        if stage.lr_scheduler_name is not None:
+            _check_scheduler(stage.lr_scheduler_name, of)
+        if not before < stage.until <= 1:
+            raise ValueError(
+                f"{of}until={stage.until!r} must be above {before:g}, where it begins, and at most 1; stages go forwards"
+            )
+        before = stage.until
+    if before != 1:
+        last = len(objective.stages) - 1
+        raise ValueError(
+            f"{_of_stage(last)}until={before!r}: the last stage must end at 1; set it to 1, or add a stage"
+        )
+    for number, rate in enumerate(objective.learning_rates(cfg)):
+        of = _of_stage(number)
+        if rate.steps < 1:
+            raise ValueError(
+                f"{of}until={objective.stages[number].until!r}: of the {cfg.total_training_steps} steps that "
+                f"training_tokens={cfg.training_tokens} makes, the stage has none; train on more tokens, or move until"
+            )
+        if rate.warm_up_steps + rate.decay_steps > rate.steps:
+            raise ValueError(
+                f"{of}lr_warm_up_steps={rate.warm_up_steps} and lr_decay_steps={rate.decay_steps} are more than the {rate.steps} steps of "
+                "the stage, over which they run; lower them in the stage or in the run"
+            )
+        try:
+            rate.scheduler(SGD([zeros(1)], lr=rate.lr))
+        except ValueError as error:
+            raise ValueError(f"{of}lr_scheduler_name={rate.scheduler_name!r}: {one_line(error)}") from error
+
+
+def _of_stage(number: int) -> str:
+    return f"objective.stages[{number}]."
 
 
 def _of(name: str, saes: Mapping[str, Any]) -> str:

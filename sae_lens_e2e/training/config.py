@@ -1,5 +1,6 @@
 """A SAELens runner config with one more idea: the objective."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG
 from typing_extensions import override
 
 from sae_lens_e2e.objectives import Objective
-from sae_lens_e2e.objectives.plugins import make_objective
+from sae_lens_e2e.splice import Site
 from sae_lens_e2e.training.checks import (
     OfWholePrompts,
     check_batches,
     check_fields,
     check_hook_order,
     check_meaning,
+    check_sites_of,
+    check_stages,
     check_values,
 )
+from sae_lens_e2e.training.stages import AnyObjective, Stage, Stages, objective_of
 
 
 @dataclass
@@ -31,30 +35,39 @@ class E2ERunnerConfig(OfWholePrompts, LanguageModelSAERunnerConfig[T_TRAINING_SA
     Raises ValueError, naming the field, for whatever cannot be honoured.
 
     Args:
-        objective (str | Objective): What the SAE's output is compared with: 'local', 'e2e', 'e2e_ds', the name of an installed plugin's, or an Objective with settings of its own.
+        objective (str | Objective): What the SAE's output is compared with: 'local', 'e2e', 'e2e_ds', the name of an installed plugin's, or an Objective with settings of its own; several, one after the other, as a list of `Stage`; 'warm_e2e_ds' and the like are local first.
         max_grad_norm (float): The norm to which each step's gradient is clipped. SAELens has 1.0 built in; the paper used 10 on GPT2-small.
+        hook_name_out (str | None): The hook that a transcoder writes, whose clean activation it stands for; None for an SAE, which writes what it reads.
     """
 
-    objective: str | Objective = "e2e_ds"
+    objective: str | Objective | Stages | Sequence[Stage] = "e2e_ds"
     max_grad_norm: float = 1.0
+    hook_name_out: str | None = None
 
     def __post_init__(self) -> None:
-        self.objective = make_objective(self.objective)
+        self.objective = objective_of(self.objective)
         saes = {"sae": self.sae}
         check_fields(self, E2ERunnerConfig, saes)
         check_meaning(self, self.objective, saes)
         check_values(self, saes)
-        check_hook_order(self, self.objective, self.hook_name)
+        check_sites_of(saes, {"sae": self.site}, {} if self.hook_name_out is None else {"sae": self.hook_name_out})
+        check_hook_order(self, self.objective, self.site.writes[-1])
         named = self.logger.run_name is not None
         super().__post_init__()
         check_batches(self)
+        check_stages(self, self.objective)
         if not named:
             self.logger.run_name = f"{self.objective.name}-{self.logger.run_name}"
+
+    @property
+    def site(self) -> Site:
+        """Where the SAE sits."""
+        return Site.between(self.hook_name, self.hook_name_out, self.hook_head_index)
 
     @override
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, from which `from_dict` makes the config again."""
-        assert isinstance(self.objective, Objective)
+        assert isinstance(self.objective, AnyObjective)
         return {**super().to_dict(), "objective": self.objective.to_dict(), "seqpos_slice": list(self.seqpos_slice)}
 
     @classmethod
@@ -85,7 +98,7 @@ class E2ERunnerConfig(OfWholePrompts, LanguageModelSAERunnerConfig[T_TRAINING_SA
     @override
     def to_sae_trainer_config(self) -> SAETrainerConfig:
         """Not for end-to-end training: SAELens' own runner calls this, and would train on reconstruction alone."""
-        assert isinstance(self.objective, Objective)
+        assert isinstance(self.objective, AnyObjective)
         raise TypeError(
             f"an E2ERunnerConfig (objective {self.objective.name!r}) was given to SAELens' own runner; "
             "use sae_lens_e2e.E2ETrainingRunner instead of LanguageModelSAETrainingRunner"

@@ -1,4 +1,4 @@
-"""SAEs that are trained in one spliced pass, and the objective they share."""
+"""SAEs that are trained in one spliced pass, and the objective, or the stages, they share."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,11 +16,13 @@ from sae_lens_e2e.objectives.plugins import said_of
 from sae_lens_e2e.output import replaced_whole
 from sae_lens_e2e.splice import Clean, Replace, Site, SplicedModel, Where
 from sae_lens_e2e.training.clock import Clock
+from sae_lens_e2e.training.course import Course
 from sae_lens_e2e.training.history import write_history
 from sae_lens_e2e.training.loop import fit
 from sae_lens_e2e.training.output import StepOutput
 from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.stages import AnyObjective
 from sae_lens_e2e.training.step import step
 from sae_lens_e2e.training.terms import evaluated, parts_of, terms_of, weighted_sum
 from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
@@ -40,25 +42,35 @@ class Group:
         model: SplicedModel,
         trainers: Mapping[str, Trainer],
         sites: Mapping[str, Site],
-        objective: Objective,
+        objective: AnyObjective,
         plan: StepPlan,
         save_checkpoint_fn: Callable[[Path | None], None] | None = None,
     ):
-        self.model, self.objective, self.plan = model, objective, plan
+        self.model, self.plan = model, plan
         # In order of depth, in which they are spliced in.
         names = {site: name for name, site in sites.items()}
         ordered = model.in_order(names) if len(names) > 1 else list(names)
         self.sites = {names[site]: site for site in ordered}
         self.trainers = {name: trainers[name] for name in self.sites}
-        self.passes = _checked_passes(objective, list(self.trainers))
+        self.course = Course(objective, self.first.cfg, list(self.trainers))
         self.clock = Clock(model.device)
         """Runs during this group's steps, clean passes included, as if it were trained alone."""
         self.outputs: dict[str, StepOutput] = {}
         """What came out of the last step, by SAE."""
         self._save_checkpoint_fn = save_checkpoint_fn
         self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._resumed_from: str | None = None
+        """The checkpoint that was gone on from, until a step has stood since."""
         for trainer in self.trainers.values():
             trainer.group = self
+            trainer.follow(self.course.learning_rate)
+        self._fraction = 0.0
+        """Of the training done when the step under way began."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the step under way compares."""
+        return self.course.objective
 
     @property
     def first(self) -> Trainer:
@@ -86,8 +98,12 @@ class Group:
         step(self.model, [self], prompts, self.plan)
 
     def begin_step(self) -> None:
-        """Get ready for a step's forward passes."""
+        """Get ready for a step's forward passes; the first of a stage starts the optimizers anew."""
         self.outputs = {}
+        self._fraction = min(self.first.n_training_samples / self.first.cfg.total_training_samples, 1.0)
+        if self.course.begin_step(self.first.n_steps_done, self._fraction):
+            for trainer in self.trainers.values():
+                trainer.begin_stage(self.course.learning_rate)
         self._buffers = {name: trainer.begin_step() for name, trainer in self.trainers.items()}
 
     def forward_backward(self, clean: Clean, where: Where, share: float, label_rate: float) -> None:
@@ -96,7 +112,7 @@ class Group:
         terms: dict[str, Term] = {}
         values: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        for names in self.passes:
+        for names in self.course.passes:
             batch, outputs = self._run_pass(names, clean, where, label_rate, counted)
             new = {name: output for name, output in outputs.items() if name not in counted}
             own = [loss for name in new for loss in batch.parts[name].own_losses.values()]
@@ -126,9 +142,11 @@ class Group:
         for name, trainer in self.trainers.items():
             self.outputs[name].metrics["grad_norm"] = norm.detach()
             trainer.end_step(self.outputs[name])
+        self._resumed_from = None
 
     def undo_step(self) -> None:
         """Put back what a step that does not stand has changed."""
+        self.course.undo_step()
         for name, trainer in self.trainers.items():
             trainer.undo_step(self._buffers[name])
 
@@ -164,13 +182,22 @@ class Group:
                 self._save_checkpoint_fn(new)
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Go on from a checkpoint of `save_checkpoint`. Raises FileNotFoundError for an SAE that is not in it."""
+        """Go on from a checkpoint of `save_checkpoint`.
+
+        Raises FileNotFoundError for an SAE that is not in it, ValueError for one whose numbers are not finite, or of another stage
+        than the settings lead to.
+        """
         for name, trainer in self.trainers.items():
             folder = Path(path) if len(self.trainers) == 1 else Path(path) / name
             if not folder.is_dir():
                 raise FileNotFoundError(f"checkpoint {str(path)!r} has no {name!r}; it is of a run with other SAEs")
+            # All have the same.
+            self.course.load(folder)
             trainer.load_trainer_state(folder)
             trainer.sae.load_weights_from_checkpoint(folder)
+            trainer.check_finite(folder)
+        self.course.check_loaded(self.first.n_steps_done)
+        self._resumed_from = str(path)
         history = self.first.history
         self.clock.seconds = history[-1]["details/seconds"] if history else 0.0
 
@@ -179,11 +206,13 @@ class Group:
         """The log of all, a row a logged step: one SAE's as it is, several by name, as in `k16/metrics/l0`."""
         if len(self.trainers) == 1:
             return self.first.history
+        # Which losses there are may change from stage to stage.
+        keys = {name: _keys(trainer.history) for name, trainer in self.trainers.items()}
         rows: list[dict[str, Any]] = []
         for parts in zip(*(trainer.history for trainer in self.trainers.values()), strict=True):
             row: dict[str, Any] = {"step": parts[0]["step"]}
             for name, part in zip(self.trainers, parts, strict=True):
-                row |= {f"{name}/{key}": value for key, value in part.items() if key != "step"}
+                row |= {f"{name}/{key}": part.get(key, math.nan) for key in keys[name]}
             rows.append(row)
         return rows
 
@@ -203,11 +232,11 @@ class Group:
             trainer = self.trainers[name]
 
             def function(x: Tensor) -> dict[str, Tensor]:
+                target = {h: x if h == site.read else site.take(where.take(clean.at[h])) for h in site.writes}
                 with _state_kept(trainer.sae, name in counted):
-                    output, out = trainer.forward(x)
+                    output, out = trainer.forward(x, None if site.is_sae else target[site.writes[0]])
                 own = {loss: value for loss, value in output.losses.items() if loss != "mse_loss"}
                 outputs[name] = output
-                target = {h: x if h == site.read else site.take(where.take(clean.at[h])) for h in site.writes}
                 put = dict.fromkeys(site.writes, out)
                 parts[name] = Part(x, output.feature_acts, target, put, output.losses["mse_loss"], own)
                 return put
@@ -219,7 +248,7 @@ class Group:
         if not self.runs_past_hooks:
             for site, function in replace.items():
                 function(site.take(where.take(clean.at[site.read])))
-            return Batch(clean.tokens, where, parts, fraction=self._fraction), outputs
+            return Batch(clean.tokens, where, parts, fraction=self._fraction, means=self.course.means), outputs
         with self.plan.lm_autocast(clean.tokens.device):
             spliced = self.model.spliced(clean, where, replace, objective.hooks, objective.compares_logits)
         return (
@@ -234,18 +263,13 @@ class Group:
                 self.model.unembedding,
                 self._fraction,
                 label_rate,
+                self.course.means,
             ),
             outputs,
         )
 
-    @property
-    def _fraction(self) -> float:
-        # A step has counted its tokens when it begins.
-        cfg = self.first.cfg
-        return min((self.first.n_training_samples - cfg.train_batch_size_samples) / cfg.total_training_samples, 1.0)
-
     def _logged_as(self, term: str, names: Collection[str]) -> str:
-        return term if len(self.passes) == 1 else f"{term}/{'+'.join(names)}"
+        return term if len(self.course.passes) == 1 else f"{term}/{'+'.join(names)}"
 
     def _check_names(self, terms: Collection[str], parts: Mapping[str, Part]) -> None:
         for name, part in parts.items():
@@ -279,23 +303,18 @@ class Group:
     def _non_finite(self, loss: Tensor, norm: Tensor) -> NonFiniteLossError:
         losses = {name: value for output in self.outputs.values() for name, value in output.losses.items()}
         listed = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+        advice = "Resume from the last checkpoint with a lower lr or a longer lr_warm_up_steps"
+        if self._resumed_from is not None:
+            advice = f"It is so in {self._resumed_from!r} already, whatever the lr; resume from an earlier checkpoint"
         return NonFiniteLossError(
             f"step {self.first.n_training_steps}: the loss is {float(loss)} (grad norm {float(norm):.4g}, {listed}); the SAE "
-            "was not updated. Resume from the last checkpoint with a lower lr or a longer lr_warm_up_steps"
+            f"was not updated. {advice}"
         )
 
 
-def _checked_passes(objective: Objective, names: Sequence[str]) -> list[list[str]]:
-    """The objective's passes, each in order of depth. Raises ValueError for names that are not there, or left out."""
-    passes = [set(names_of_pass) for names_of_pass in objective.passes(names)]
-    for of_pass in passes:
-        if unknown := sorted(of_pass - set(names)):
-            raise ValueError(f"{said_of(objective)}: a pass names the SAE {unknown[0]!r}; there are {', '.join(names)}")
-    if not all(passes):
-        raise ValueError(f"{said_of(objective)}: a pass names no SAE")
-    if left_out := [name for name in names if not any(name in of_pass for of_pass in passes)]:
-        raise ValueError(f"{said_of(objective)}: no pass has the SAE {left_out[0]!r}, which would not be trained")
-    return [[name for name in names if name in of_pass] for of_pass in passes]
+def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of a history, in the order in which they come up, without the step."""
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if key != "step"]
 
 
 @contextmanager

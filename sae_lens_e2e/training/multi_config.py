@@ -1,6 +1,6 @@
 """SAELens' config of a run with several SAEs, with one more idea: the objective of them all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from sae_lens_e2e.names import check_folder_name
 from sae_lens_e2e.objectives import Objective
-from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.splice import Site
 from sae_lens_e2e.training.checks import (
     OfWholePrompts,
@@ -21,39 +20,47 @@ from sae_lens_e2e.training.checks import (
     check_fields,
     check_hook_order,
     check_meaning,
+    check_sites_of,
+    check_stages,
     check_values,
 )
+from sae_lens_e2e.training.stages import AnyObjective, Stage, Stages, objective_of
 
 
 @dataclass
 class E2EMultiRunnerConfig(OfWholePrompts, MultiSAETrainingRunnerConfig):
     """Configuration for training several SAEs end to end in one spliced pass: SAELens' config, with an objective.
 
-    `saes`, `hook_names` and `hook_head_indices` go by the SAEs' names, in any order of depth; any mix of architectures, several
-    SAEs inside one block, several heads of one hook. A later SAE is given the stream that the earlier ones have changed, and its own
-    reconstruction loss is of that. All else means what it means in `E2ERunnerConfig`.
+    `saes`, `hook_names`, `hook_names_out` and `hook_head_indices` go by the SAEs' names, in any order of depth; any mix of
+    architectures, several SAEs inside one block, several heads of one hook. A later SAE is given the stream that the earlier ones
+    have changed, and its own reconstruction loss is of that; a transcoder's is of the clean activation at the hook it writes.
+    All else means what it means in `E2ERunnerConfig`.
 
     Raises ValueError, naming the field, for whatever cannot be honoured.
     """
 
-    objective: str | Objective = "e2e_ds"
+    objective: str | Objective | Stages | Sequence[Stage] = "e2e_ds"
     max_grad_norm: float = 1.0
     """The norm to which each step's gradient is clipped, over all SAEs together."""
+    hook_names_out: Mapping[str, str] | str | None = None
+    """The hook that each transcoder writes, or the one that all do; an SAE, which writes what it reads, has none."""
 
     def __post_init__(self) -> None:
-        self.objective = make_objective(self.objective)
+        self.objective = objective_of(self.objective)
         check_fields(self, E2EMultiRunnerConfig, self.saes)
         check_meaning(self, self.objective, self.saes)
         check_values(self, self.saes)
-        for hook in self.hook_names.values() if isinstance(self.hook_names, Mapping) else [self.hook_names]:
-            check_hook_order(self, self.objective, hook)
         named = self.logger.run_name is not None
         heads = self.hook_head_indices
         # SAELens' store has one head a hook; ours reads no activations from it, so that several may be trained.
         self.hook_head_indices = None
         super().__post_init__()
         self._set_head_indices(heads)
+        check_sites_of(self.saes, self.sites, self._hook_names_out_per_sae)
+        for site in self.sites.values():
+            check_hook_order(self, self.objective, site.writes[-1])
         check_batches(self)
+        check_stages(self, self.objective)
         for name in self.saes:
             check_folder_name("saes", name)
         if not named:
@@ -62,19 +69,17 @@ class E2EMultiRunnerConfig(OfWholePrompts, MultiSAETrainingRunnerConfig):
     @property
     def sites(self) -> dict[str, Site]:
         """Where each SAE sits."""
-        return {
-            name: Site.of_sae(hook, self.hook_head_indices_per_sae[name])
-            for name, hook in self.hook_names_per_sae.items()
-        }
+        out, heads = self._hook_names_out_per_sae, self.hook_head_indices_per_sae
+        return {name: Site.between(hook, out.get(name), heads[name]) for name, hook in self.hook_names_per_sae.items()}
 
     @override
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, from which `from_dict` makes the config again."""
-        assert isinstance(self.objective, Objective)
-        names = dict(self.hook_names_per_sae)
+        assert isinstance(self.objective, AnyObjective)
         return {
             **super().to_dict(),
-            "hook_names": names,
+            "hook_names": dict(self.hook_names_per_sae),
+            "hook_names_out": self._hook_names_out_per_sae or None,
             "objective": self.objective.to_dict(),
             "seqpos_slice": list(self.seqpos_slice),
         }
@@ -112,7 +117,7 @@ class E2EMultiRunnerConfig(OfWholePrompts, MultiSAETrainingRunnerConfig):
     @override
     def to_sae_trainer_config(self) -> SAETrainerConfig:
         """Not for end-to-end training: SAELens' own runner calls this, and would train on reconstruction alone."""
-        assert isinstance(self.objective, Objective)
+        assert isinstance(self.objective, AnyObjective)
         raise TypeError(
             f"an E2EMultiRunnerConfig (objective {self.objective.name!r}) was given to SAELens' own runner; "
             "use sae_lens_e2e.E2EMultiTrainingRunner instead of MultiSAETrainingRunner"
@@ -121,6 +126,18 @@ class E2EMultiRunnerConfig(OfWholePrompts, MultiSAETrainingRunnerConfig):
     def to_e2e_trainer_config(self) -> SAETrainerConfig:
         """What each SAE's `E2ETrainer` takes: SAELens' trainer settings."""
         return super().to_sae_trainer_config()
+
+    @property
+    def _hook_names_out_per_sae(self) -> dict[str, str]:
+        """The hook that each transcoder writes. Raises ValueError for a name that is not in `saes`."""
+        out = self.hook_names_out or {}
+        if isinstance(out, str):
+            return dict.fromkeys(self.saes, out)
+        if unknown := sorted(set(out) - set(self.saes)):
+            raise ValueError(
+                f"hook_names_out names {unknown[0]!r}, which is not in saes; there are {', '.join(self.saes)}"
+            )
+        return dict(out)
 
     def _set_head_indices(self, heads: Mapping[str, int | None] | int | None) -> None:
         if isinstance(heads, Mapping):

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.output import written_whole
 from sae_lens_e2e.splice import SplicedModel
 from sae_lens_e2e.training import setup
@@ -24,6 +23,7 @@ from sae_lens_e2e.training.history import write_history
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.same_run import check_resume
+from sae_lens_e2e.training.stages import AnyObjective
 from sae_lens_e2e.training.store import ResumableStore
 from sae_lens_e2e.training.trainer import E2ETrainer, Log, to_wandb
 
@@ -37,7 +37,7 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
 
     cfg: E2EMultiRunnerConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     splice: SplicedModel
-    objective: Objective
+    objective: AnyObjective
 
     def __init__(
         self,
@@ -54,15 +54,15 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
             )
         check_devices(cfg)
         check_dataset(override_dataset)
-        check_resume(cfg, list(cfg.saes))
+        check_resume(cfg, list(cfg.saes), held_out)
         for name in override_saes.keys() & cfg.saes.keys() if override_saes is not None else ():
             setup.check_given_sae(override_saes[name], f"override_saes[{name!r}]", cfg.saes[name])  # pyright: ignore[reportOptionalSubscript]
         model = setup.bridge_of(cfg, override_model)
         with temporary_seed(cfg.seed), setup.without_override_warning(override_model is None):
             super().__init__(cfg, override_dataset, model, override_saes)
-        self.activations_store = ResumableStore.of(self.activations_store)
         self.held_out = held_out
         self.splice = splice or SplicedModel(self.model, cfg.model_kwargs)
+        self.activations_store = ResumableStore.of(self.activations_store, self.splice.d_vocab_in)
         self.objective = setup.resolved_objective(cfg, self.splice, cfg.sites)
         setup.check_fits(cfg, self.splice, self.activations_store, cfg.sites, self.saes, self.objective)
 
@@ -76,7 +76,7 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
         """What this run trains, at its first step, the SAEs' metadata filled in; in a sweep on prompts that others read too."""
         self._set_sae_metadata()
         cfg = self.cfg.to_e2e_trainer_config()
-        batches = batches or PromptBatches(self.activations_store, self.cfg.prompts_per_step, self.splice.d_vocab_in)
+        batches = batches or PromptBatches(self.activations_store, self.cfg.prompts_per_step)
         trainers = {name: self._make_trainer(name, cfg, batches, log) for name in self.saes}
         return Group(
             self.splice,
@@ -125,17 +125,21 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
             n_eval_batches=self.cfg.n_eval_batches,
             model_kwargs=self.cfg.model_kwargs,
         )
+        evaluator = setup.evaluator_at(self.cfg.sites[name], evaluator)
         return E2ETrainer(cfg, self.saes[name], batches, evaluator, log=None if sink is None else by_name)
 
     @override
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
         for name, sae in self.saes.items():
-            setup.complete_metadata(sae, self.cfg, self.splice, self.objective, self.held_out)
+            setup.complete_metadata(sae, self.cfg, self.cfg.sites[name], self.splice, self.objective, self.held_out)
             sae.cfg.metadata.name_in_run = name
         for name, sae in self.saes.items():
             sae.cfg.metadata.companions = {
-                other: {"hook_name": s.cfg.metadata.hook_name, "hook_head_index": s.cfg.metadata.hook_head_index}
-                for other, s in self.saes.items()
-                if other != name
+                other: _place_of(s.cfg.metadata) for other, s in self.saes.items() if other != name
             }
+
+
+def _place_of(metadata: Any) -> dict[str, Any]:
+    keys = ("hook_name", "hook_head_index", *(["hook_name_out"] if metadata.hook_name_out else []))
+    return {key: metadata[key] for key in keys}

@@ -11,7 +11,6 @@ from sae_lens.util import temporary_seed
 from transformer_lens.HookedRootModule import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.output import written_whole
 from sae_lens_e2e.splice import Site, SplicedModel
 from sae_lens_e2e.training import setup
@@ -21,6 +20,7 @@ from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.history import write_history
 from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.same_run import check_resume
+from sae_lens_e2e.training.stages import AnyObjective
 from sae_lens_e2e.training.store import ResumableStore
 from sae_lens_e2e.training.trainer import E2ETrainer, Log
 
@@ -36,7 +36,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
 
     cfg: E2ERunnerConfig[Any]  # pyright: ignore[reportIncompatibleVariableOverride]
     splice: SplicedModel
-    objective: Objective
+    objective: AnyObjective
     site: Site
 
     def __init__(
@@ -54,18 +54,18 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
             )
         check_devices(cfg)
         check_dataset(override_dataset)
-        check_resume(cfg, [_NAME])
+        check_resume(cfg, [_NAME], held_out)
         if override_sae is not None:
             setup.check_given_sae(override_sae, "override_sae", cfg.sae)
         model = setup.bridge_of(cfg, override_model)
         with temporary_seed(cfg.seed), setup.without_override_warning(override_model is None):
             super().__init__(cfg, override_dataset, model, override_sae)
-        self.activations_store = ResumableStore.of(self.activations_store)
         if override_sae is None and cfg.from_pretrained_path is not None:
             setup.check_given_sae(self.sae, f"from_pretrained_path={cfg.from_pretrained_path!r}", cfg.sae)
-        self.site = Site.of_sae(cfg.hook_name, cfg.hook_head_index)
+        self.site = cfg.site
         self.held_out = held_out
         self.splice = splice or SplicedModel(self.model, cfg.model_kwargs)
+        self.activations_store = ResumableStore.of(self.activations_store, self.splice.d_vocab_in)
         sites = {_NAME: self.site}
         self.objective = setup.resolved_objective(cfg, self.splice, sites)
         setup.check_fits(cfg, self.splice, self.activations_store, sites, {_NAME: self.sae}, self.objective)
@@ -87,9 +87,8 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
         trainer: E2ETrainer[Any, Any] = E2ETrainer(
             cfg=self.cfg.to_e2e_trainer_config(),
             sae=self.sae,
-            data_provider=batches
-            or PromptBatches(self.activations_store, self.cfg.prompts_per_step, self.splice.d_vocab_in),
-            evaluator=self.evaluator,
+            data_provider=batches or PromptBatches(self.activations_store, self.cfg.prompts_per_step),
+            evaluator=setup.evaluator_at(self.site, self.evaluator),
             save_checkpoint_fn=self.save_checkpoint,
             log=log,
         )
@@ -121,4 +120,4 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
-        setup.complete_metadata(self.sae, self.cfg, self.splice, self.objective, self.held_out)
+        setup.complete_metadata(self.sae, self.cfg, self.site, self.splice, self.objective, self.held_out)

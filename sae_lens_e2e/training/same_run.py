@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 
 from sae_lens_e2e.output import check_writable, clean_partials, locked
+from sae_lens_e2e.yaml_file import read_json
 
 MAY_DIFFER = (
     *("output_path", "checkpoint_path", "resume_from_checkpoint", "n_checkpoints", "save_final_checkpoint"),
@@ -19,13 +20,17 @@ MAY_DIFFER = (
 MAY_CHANGE = (
     *MAY_DIFFER,
     *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles", "training_tokens"),
+    "until",
     *("n_eval_batches", "eval_batch_size_prompts", "compile_llm", "llm_compilation_mode"),
     *("compile_sae", "sae_compilation_mode"),
 )
 """What a run that goes on from a checkpoint may have otherwise than before: it takes effect from there."""
 
 # Settings whose keys are the user's own.
-_BY_NAME = ("saes", "hook_names", "hook_head_indices", "model_kwargs", "model_from_pretrained_kwargs")
+_BY_NAME = (
+    *("saes", "hook_names", "hook_names_out", "hook_head_indices"),
+    *("model_kwargs", "model_from_pretrained_kwargs"),
+)
 _ONE_OR_SEVERAL = {"hook_name", "hook_names"}
 
 
@@ -43,7 +48,7 @@ def difference(folder: Path, cfg: Any, may_differ: Collection[str] = MAY_DIFFER)
     file = folder / RUNNER_CFG_FILENAME
     if not file.is_file():
         return None
-    now, then = json.loads(json.dumps(cfg.to_dict(), default=str)), json.loads(file.read_text())
+    now, then = json.loads(json.dumps(cfg.to_dict(), default=str)), read_json(file)
     if not isinstance(then, dict):
         raise ValueError(f"{file} is damaged: it holds no settings")
     return next(_differences(then, now, may_differ), None)
@@ -57,12 +62,29 @@ def _differences(then: Any, now: Any, may_differ: Collection[str], at: str = "")
             keys &= (then.keys() & now.keys()) | _ONE_OR_SEVERAL
         for key in sorted(keys - set(may_differ), key=lambda key: (key != "name", key)):
             yield from _differences(then.get(key), now.get(key), may_differ, f"{at}.{key}" if at else key)
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for number, pair in enumerate(zip(then, now, strict=True)):
+            yield from _differences(*pair, may_differ, f"{at}[{number}]")
     elif then != now:
         yield Difference(at, then, now)
 
 
-def check_resume(cfg: Any, names: Sequence[str]) -> None:
-    """Check that `resume_from_checkpoint`, if set, is a checkpoint of this run: of one SAE, or of all `names`.
+def held_out_difference(folder: Path, held_out: float | None) -> Difference | None:
+    """Whether the SAE recorded in `folder`, if one is and it says so, was trained with another part of the documents held out.
+
+    Raises ValueError for a damaged record.
+    """
+    file = folder / SAE_CFG_FILENAME
+    recorded = read_json(file) if file.is_file() else {}
+    metadata = recorded.get("metadata") if isinstance(recorded, dict) else None
+    if not isinstance(metadata, dict):
+        return None
+    then = metadata.get("held_out")
+    return None if then is None or then == held_out else Difference("held_out", then, held_out)
+
+
+def check_resume(cfg: Any, names: Sequence[str], held_out: float | None = None) -> None:
+    """Check that `resume_from_checkpoint`, if set, is a checkpoint of this run: of one SAE, or of all `names`, on the same documents.
 
     Raises FileNotFoundError if it is none, ValueError, with both values, for a setting that a run cannot change on its way.
     """
@@ -75,7 +97,8 @@ def check_resume(cfg: Any, names: Sequence[str]) -> None:
             raise FileNotFoundError(
                 f"resume_from_checkpoint={str(folder)!r} is not a checkpoint: it has no {TRAINER_STATE_FILENAME}"
             )
-    if (other := difference(Path(path), cfg, MAY_CHANGE)) is not None:
+    other = difference(Path(path), cfg, MAY_CHANGE) or held_out_difference(folders[0], held_out)
+    if other is not None:
         raise ValueError(
             f"{other.name}={other.now!r}, but resume_from_checkpoint={path!r} is of a run with {other.then!r}; set it to that "
             "(lr and its schedule, training_tokens, logging, checkpoints, paths and devices may change)"
@@ -86,11 +109,13 @@ def check_resume(cfg: Any, names: Sequence[str]) -> None:
 def claimed(cfg: Any, overwrite: bool) -> Iterator[None]:
     """Have `output_path`, if there is one, to oneself; what killed runs left half-written there and by the checkpoint is removed.
 
-    Raises OSError if it cannot be written or another process is at work in it, FileExistsError if it holds an SAE of other settings
+    Raises OSError if it, or the checkpoints' folder, cannot be written or another process is at work in it, FileExistsError if it holds an SAE of other settings
     that is not to be overwritten.
     """
     if cfg.resume_from_checkpoint is not None:
         clean_partials(Path(cfg.resume_from_checkpoint).parent)
+    if cfg.checkpoint_path is not None and (cfg.n_checkpoints or cfg.save_final_checkpoint):
+        check_writable(cfg.checkpoint_path, "checkpoint")
     if cfg.output_path is None:
         yield
         return

@@ -3,24 +3,28 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-import wandb
 from sae_lens import logger
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.util import extract_layer_from_tlens_hook_name
 
 from sae_lens_e2e._upstream import InterruptedException
-from sae_lens_e2e.objectives import CrossEntropy, Objective
+from sae_lens_e2e.architectures.transcoder import widths_of
+from sae_lens_e2e.objectives import CrossEntropy
 from sae_lens_e2e.splice import Site, SplicedModel, check_sites, excluded
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, knows_hooked_transformer, load_bridge
 from sae_lens_e2e.splice.positions import Positions
+from sae_lens_e2e.training.cost import training_flops
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches, interrupting
 from sae_lens_e2e.training.same_run import claimed
+from sae_lens_e2e.training.stages import AnyObjective, stages_of
+from sae_lens_e2e.training.trainer import Log
+from sae_lens_e2e.training.wandb_run import logged_to_wandb
 
 # Of an SAE and the runner config's `sae`: what the runner sets, and how a new SAE starts.
 _MAY_DIFFER = ("metadata", "device", "decoder_init_norm", "jumprelu_init_threshold")
@@ -33,8 +37,8 @@ class Runner(Protocol):
     activations_store: Any
     splice: SplicedModel
 
-    def make_group(self) -> Group:
-        """What it trains."""
+    def make_group(self, *, log: Log | None = None) -> Group:
+        """What it trains; figures go to `log`."""
         ...
 
     def save_outputs(self, group: Group) -> None:
@@ -64,21 +68,26 @@ def without_override_warning(overridden: bool) -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def resolved_objective(cfg: Any, model: SplicedModel, sites: Mapping[str, Site]) -> Objective:
+def resolved_objective(cfg: Any, model: SplicedModel, sites: Mapping[str, Site]) -> AnyObjective:
     """The config's objective, with the hooks that it leaves to the model: those after the last SAE.
 
     Raises ValueError for a hook that the model does not have.
     """
-    assert isinstance(cfg.objective, Objective)
+    assert isinstance(cfg.objective, AnyObjective)
     for site in sites.values():
-        for hook in (site.read, *site.writes):
-            model.check_hook(hook)
+        for field, hook in site.named_hooks:
+            model.check_hook(hook, field)
     last = model.in_order(sites.values())[-1].writes[-1] if len(sites) > 1 else next(iter(sites.values())).writes[-1]
     return cfg.objective.resolve(model.later_blocks(last), last)
 
 
 def check_fits(
-    cfg: Any, model: SplicedModel, store: Any, sites: Mapping[str, Site], saes: Mapping[str, Any], objective: Objective
+    cfg: Any,
+    model: SplicedModel,
+    store: Any,
+    sites: Mapping[str, Site],
+    saes: Mapping[str, Any],
+    objective: AnyObjective,
 ) -> None:
     """Raise ValueError, naming the field, for whatever does not fit the model: context, data, SAEs and compared hooks."""
     n_ctx = model.n_ctx
@@ -88,12 +97,12 @@ def check_fits(
         )
     if (predicted := model.unembedding.d_vocab) < (model.d_vocab_in or predicted):
         said = f"the model reads {model.d_vocab_in} tokens and predicts {predicted}"
-        if isinstance(objective, CrossEntropy):
+        if any(isinstance(one, CrossEntropy) for one in stages_of(objective).objectives):
             raise ValueError(f"objective {objective.name!r}: {said}, so the next token may be none of them; use 'e2e'")
         logger.warning(f"{said}; SAEs of it can be trained, and `evaluate`, which needs the next token, refuses them")
     if not store.is_dataset_tokenized and getattr(model.model, "tokenizer", None) is None:
         raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
-    check_sites(model, sites, {name: sae.cfg.d_in for name, sae in saes.items()}, objective.hooks)
+    check_sites(model, sites, {name: widths_of(sae.cfg) for name, sae in saes.items()}, objective.hooks)
 
 
 def check_given_sae(sae: Any, given_as: str, wanted_cfg: Any) -> None:
@@ -116,19 +125,36 @@ def step_plan(runner: Runner) -> StepPlan:
     return StepPlan(cfg.store_batch_size_prompts, positions, cfg.max_grad_norm, cfg.autocast_lm)
 
 
+def evaluator_at(site: Site, evaluator: Any) -> Any:
+    """SAELens' evaluator during training, for an SAE at a site; None for a transcoder, which it would splice in where that reads."""
+    return evaluator if site.is_sae else None
+
+
 def complete_metadata(
-    sae: SAE[Any], cfg: Any, model: SplicedModel, objective: Objective, held_out: float | None
+    sae: SAE[Any], cfg: Any, site: Site, model: SplicedModel, objective: AnyObjective, held_out: float | None
 ) -> None:
-    """Add to what SAELens writes into an SAE's metadata: its layer, the objective, its data, and a model that others can load."""
+    """Add to what SAELens writes into an SAE's metadata: its layer, the objective, its data and cost, and a model that others can load."""
     metadata = sae.cfg.metadata
+    metadata.training_tokens = cfg.training_tokens
+    # Of models and objectives for which it cannot be counted it is left out.
+    with suppress(ValueError):
+        metadata.training_flops = training_flops(cfg, objective, model)
+    if not site.is_sae:
+        metadata.hook_name_out = site.writes[0]
     metadata.use_chat_formatting = cfg.use_chat_formatting
     if held_out is not None:
         metadata.held_out = held_out
     if is_bridge(model.model):
         # SAELens and SAEDashboard load no bridge; where a HookedTransformer computes the same, name that.
-        hook = hooked_transformer_hook(model.model, metadata.hook_name)
-        if hook is not None and knows_hooked_transformer(cfg.model_name):
-            metadata.model_class_name, metadata.hook_name = "HookedTransformer", hook
+        names = {
+            key: hooked_transformer_hook(model.model, metadata[key])
+            for key in ("hook_name", "hook_name_out")
+            if metadata[key] is not None
+        }
+        if None not in names.values() and knows_hooked_transformer(cfg.model_name):
+            for key, hook in names.items():
+                metadata[key] = hook
+            metadata.model_class_name = "HookedTransformer"
             metadata.model_from_pretrained_kwargs = {"center_writing_weights": False}
         else:
             metadata.model_class_name = BRIDGE
@@ -139,19 +165,11 @@ def complete_metadata(
 def run(runner: Runner, overwrite: bool) -> None:
     """Train a runner's group and save what comes of it, with all that SAELens' runners do around it.
 
-    Raises, before training, what `claimed` raises.
+    Raises, before training, what `claimed` and `logged_to_wandb` raise.
     """
     cfg = runner.cfg
-    with claimed(cfg, overwrite):
-        if cfg.logger.log_to_wandb:
-            wandb.init(
-                project=cfg.logger.wandb_project,
-                entity=cfg.logger.wandb_entity,
-                config=cfg.to_dict(),
-                name=cfg.logger.run_name,
-                id=cfg.logger.wandb_id,
-            )
-        group = runner.make_group()
+    with claimed(cfg, overwrite), logged_to_wandb(cfg) as log:
+        group = runner.make_group(log=log)
         if cfg.resume_from_checkpoint is not None:
             logger.info(f"Resuming from checkpoint: {cfg.resume_from_checkpoint}")
             group.load_checkpoint(cfg.resume_from_checkpoint)
@@ -159,8 +177,6 @@ def run(runner: Runner, overwrite: bool) -> None:
         with runner.splice.running():
             _fit_interruptibly(group)
         runner.save_outputs(group)
-    if cfg.logger.log_to_wandb:
-        wandb.finish()
 
 
 def _fit_interruptibly(group: Group) -> None:

@@ -31,26 +31,35 @@ def step(
     plan: StepPlan,
     on_failure: OnFailure = reraise,
 ) -> "list[Group]":
-    """The gradient of each group's loss, the mean over all trained tokens of `prompts`; clipped, checked and applied once.
+    """One optimizer step of each group on `prompts`: the gradient of its loss, clipped, checked and applied once.
+
+    A group that raises is given to `on_failure` and does not stop the others. Returns the groups whose step stands. Raises what
+    `backward` raises.
+    """
+    live = backward(model, groups, prompts, plan, on_failure)
+    for group in list(live):
+        with _guarded(group, live, on_failure):
+            group.end_step()
+    return live
+
+
+def backward(
+    model: SplicedModel,
+    groups: "Sequence[Group]",
+    prompts: Int[Tensor, "prompts pos"],
+    plan: StepPlan,
+    on_failure: OnFailure = reraise,
+) -> "list[Group]":
+    """A step up to where it is applied: the gradient of each group's loss, the mean over all trained tokens of `prompts`.
 
     The prompts are worked through in micro-batches, each weighed by its share of the trained tokens. A group that raises is given
-    to `on_failure` and does not stop the others. Returns the groups whose step stands. Raises ValueError if no token of
+    to `on_failure` and does not stop the others. Returns the groups that have their gradients. Raises ValueError if no token of
     the prompts is trained on.
     """
     where = plan.positions.of(prompts)
     if where.n == 0:
         raise ValueError("exclude_special_tokens leaves no token to train on in a whole batch; exclude fewer")
     live = list(groups)
-
-    @contextmanager
-    def guarded(group: "Group") -> "Iterator[None]":
-        try:
-            with group.clock:
-                yield
-        except Exception as error:
-            live.remove(group)
-            on_failure(group, error)
-
     for group in groups:
         group.begin_step()
     final = any(group.objective.compares_logits for group in groups)
@@ -63,11 +72,19 @@ def step(
         with shared_clock, plan.lm_autocast(model.device):
             clean = model.clean(tokens, sites, hooks, final)
         for group in list(live):
-            with guarded(group):
+            with _guarded(group, live, on_failure):
                 group.forward_backward(clean, micro, micro.n / where.n, where.n_labels / where.n)
-    for group in list(live):
-        with guarded(group):
-            group.end_step()
     for group in live:
         group.clock.add(shared_clock)
     return live
+
+
+@contextmanager
+def _guarded(group: "Group", live: "list[Group]", on_failure: OnFailure) -> "Iterator[None]":
+    """Time what a group does; one that raises is live no more."""
+    try:
+        with group.clock:
+            yield
+    except Exception as error:
+        live.remove(group)
+        on_failure(group, error)

@@ -1,4 +1,4 @@
-"""SAELens' activation store, whose checkpoints say exactly how far it has been read: to the token."""
+"""SAELens' activation store, whose checkpoints say exactly how far it has been read, and whose rows are looked at on the host."""
 
 import inspect
 from collections.abc import Generator, Iterable
@@ -7,11 +7,15 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from jaxtyping import Int
 from sae_lens import logger
+from sae_lens.tokenization_and_batching import tokenize_with_chat_template
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
+
+from sae_lens_e2e.columns import text_of, tokens_of
 
 _BEFORE, _DOCUMENTS, _TOKENS = "documents_of_earlier_epochs", "documents_of_this_epoch", "tokens_of_the_next_document"
 
@@ -34,7 +38,13 @@ class ResumableStore(ActivationsStore):
 
     SAELens' saves how many documents it has left behind, but many rows may be made of one. Ours saves, beside that, where in
     its epoch the last row ended, and goes there without tokenising again what came before.
+
+    Rows are made on the host and moved to the model whole, so that a device is not waited for to look at tokens. Asking it for a row
+    raises ValueError, with its number, for one that is too short or holds something else, and for a token that the model does not know.
     """
+
+    _d_vocab: int | None = None
+    """Tokens that the model knows, if that is known."""
 
     _before = 0
     """Documents read in earlier epochs."""
@@ -45,10 +55,11 @@ class ResumableStore(ActivationsStore):
     """The one in hand, where rows are packed; without what was cut off."""
 
     @classmethod
-    def of(cls, store: ActivationsStore) -> "ResumableStore":
+    def of(cls, store: ActivationsStore, d_vocab: int | None = None) -> "ResumableStore":
         """`store` itself, made one of these before anything is read from it: SAELens' runners make their own."""
         store.__class__ = cls
         assert isinstance(store, cls)
+        store._d_vocab = d_vocab
         store.iterable_sequences = store._iterate_tokenized_sequences()
         return store
 
@@ -93,7 +104,30 @@ class ResumableStore(ActivationsStore):
         """The rows of an epoch, from a position on."""
         self._before, self._skipped = before, (documents, tokens)
         self.n_dataset_processed = before + documents
-        return super()._iterate_tokenized_sequences()
+        return self._rows()
+
+    def _rows(self) -> Generator[Int[Tensor, "pos"], None, None]:
+        rows = self._tokenised_rows() if self.is_dataset_tokenized else super()._iterate_tokenized_sequences()
+        for row in rows:
+            self._check_known(row)
+            yield row
+
+    def _tokenised_rows(self) -> Generator[Int[Tensor, "pos"], None, None]:
+        for row in self._iterate_raw_dataset():
+            yield tokens_of(row, self._number, self.context_size)
+
+    @property
+    def _number(self) -> int:
+        """Of the row in hand, in its epoch."""
+        return self.n_dataset_processed - self._before
+
+    def _check_known(self, row: Int[Tensor, "pos"]) -> None:
+        least, largest = (int(token) for token in row.aminmax())
+        if least < 0 or (self._d_vocab is not None and largest >= self._d_vocab):
+            raise ValueError(
+                f"the dataset has token {least if least < 0 else largest} and the model knows {self._d_vocab}; tokenise it with the "
+                "model's own tokenizer"
+            )
 
     @override
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
@@ -104,11 +138,20 @@ class ResumableStore(ActivationsStore):
     @override
     def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:
         _, cut_off = self._skipped
-        for document in super()._iterate_raw_dataset_tokens():
-            self._document = document[cut_off:].as_subclass(_Document)
+        for row in self._iterate_raw_dataset():
+            self._document = self._tokenised(row)[cut_off:].as_subclass(_Document)
             self._document.packed = 0
             yield self._document
             cut_off = 0
+
+    def _tokenised(self, row: Any) -> Int[Tensor, "pos"]:
+        """A document's tokens as SAELens has them, but on the host."""
+        model, row = cast(Any, self.model), text_of(row, self._number, self.use_chat_formatting)
+        if self.use_chat_formatting:
+            return tokenize_with_chat_template(
+                [{"role": "user", "content": row}] if isinstance(row, str) else row, model.tokenizer
+            )
+        return model.to_tokens(row, truncate=False, move_to_device=False, prepend_bos=False).squeeze(0)
 
 
 def _after(dataset: Any, documents: int) -> Iterable[Any]:

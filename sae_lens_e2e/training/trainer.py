@@ -10,16 +10,18 @@ import wandb
 from jaxtyping import Float, Int
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainingSAE, TrainStepInput, TrainStepOutput
-from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
+from sae_lens_e2e.architectures.transcoder import TranscoderStepInput
 from sae_lens_e2e.output import replaced_whole
 from sae_lens_e2e.training.clock import Clock
 from sae_lens_e2e.training.history import read_history, write_history
 from sae_lens_e2e.training.output import StepOutput
 from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.stages import LearningRate
 
 if TYPE_CHECKING:
     from sae_lens_e2e.training.group import Group
@@ -75,6 +77,31 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.group.step(batch)
         return next(self.group.outputs[name] for name, trainer in self.group.trainers.items() if trainer is self)
 
+    @property
+    def n_steps_done(self) -> int:
+        """Optimizer steps begun and not undone, the one under way among them."""
+        return self.n_training_samples // self.cfg.train_batch_size_samples
+
+    def follow(self, rate: LearningRate) -> None:
+        """Have the learning rate where a stage's schedule has it after the steps that were done of the stage.
+
+        Where the settings are the same that is where a checkpoint has it, since a schedule goes by steps alone.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate.lr
+            del group["initial_lr"]
+        self.lr_scheduler = rate.scheduler(self.optimizer)
+        with warnings.catch_warnings():
+            # Of torch's, that the optimizer has made no step; it made them before the checkpoint.
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(self.n_steps_done - rate.first_step):
+                self.lr_scheduler.step()
+
+    def begin_stage(self, rate: LearningRate) -> None:
+        """Start the optimizer anew, its moments being those of another loss, at the first step of a stage's schedule."""
+        self.optimizer.state.clear()
+        self.follow(rate)
+
     def begin_step(self) -> dict[str, Tensor]:
         """Get ready for a step's forward passes; returns what `undo_step` takes should the step not stand."""
         self.n_training_samples += self.cfg.train_batch_size_samples
@@ -88,27 +115,35 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.sae.load_state_dict(buffers, strict=False)
         self.n_training_samples -= self.cfg.train_batch_size_samples
 
-    def forward(self, x: Float[Tensor, "tokens d_in"]) -> tuple[TrainStepOutput, Float[Tensor, "tokens d_out"]]:
+    def forward(
+        self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"] | None = None
+    ) -> tuple[TrainStepOutput, Float[Tensor, "tokens d_out"]]:
         """The SAE's training pass on a hook's activations: SAELens' record, and the output in the activations' own scale.
 
-        Raises TypeError for an architecture whose loss is not its reconstruction plus the losses it names.
+        `target` is what a transcoder's output stands for. Raises TypeError for an architecture whose loss is not its
+        reconstruction plus the losses it names.
         """
-        # As SAELens' store does: activations of a low-precision model are trained on in float32.
-        x = x.to(self.sae.device, torch.promote_types(x.dtype, torch.float32))
+        step_input = {
+            "sae_in": self.activation_scaler(self._as_trained_on(x)),
+            "dead_neuron_mask": self.dead_neurons,
+            "coefficients": self.get_coefficients(),
+            "n_training_steps": self.n_training_steps,
+            "is_logging_step": self._is_logging_step(),
+        }
         with self._autocast:
             output = self.sae.training_forward_pass(
-                TrainStepInput(
-                    sae_in=self.activation_scaler(x),
-                    dead_neuron_mask=self.dead_neurons,
-                    coefficients=self.get_coefficients(),
-                    n_training_steps=self.n_training_steps,
-                    is_logging_step=self._is_logging_step(),
-                )
+                TrainStepInput(**step_input)
+                if target is None
+                else TranscoderStepInput(**step_input, target=self._as_trained_on(target))
             )
         if not self._losses_checked:
             _check_losses(self.sae, output)
             self._losses_checked = True
         return output, self.activation_scaler.unscale(output.sae_out)
+
+    def _as_trained_on(self, activation: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        # As SAELens' store does: activations of a low-precision model are trained on in float32.
+        return activation.to(self.sae.device, torch.promote_types(activation.dtype, torch.float32))
 
     def end_step(self, output: StepOutput) -> None:
         """Apply the gradient of a step's forward passes, which the group has clipped and found finite."""
@@ -131,6 +166,8 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return
         row = self.build_train_step_log_dict(output, self.n_training_samples)
         row = {"details/seconds": clock.seconds, **row}
+        if self.group.course.n_stages > 1:
+            row["details/stage"] = self.group.course.stage
         self.history.append({"step": self.n_training_steps, **row})
         if self.log is None:
             return
@@ -222,6 +259,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with replaced_whole(Path(base) / checkpoint_name) as new:
             super().save_checkpoint(checkpoint_name, new.parent, wandb_aliases)
             write_history(self.history, new)
+            self.group.course.save(new)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
@@ -229,41 +267,29 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
         Raises ValueError if the config's training ended before the checkpoint.
         """
+        # One that takes the state of any other, of however many parts; how far it was is known by the steps.
+        self.lr_scheduler = CosineAnnealingLR(self.optimizer, T_max=1)
         super().load_trainer_state(checkpoint_path)
         last, total = self.n_training_samples - self.cfg.train_batch_size_samples, self.cfg.total_training_samples
         if last >= total:
             raise ValueError(
                 f"training_tokens={total}, but {str(checkpoint_path)!r} is after {self.n_training_samples}; set it to more"
             )
-        self._follow_schedule(self.lr_scheduler.last_epoch)
+        self.follow(self.group.course.learning_rate)
         self.history = read_history(checkpoint_path)
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
 
-    def _follow_schedule(self, steps: int) -> None:
-        """Have the learning rate where the config's schedule has it after some steps.
-
-        Where the settings are the same that is where a checkpoint has it, since a schedule goes by steps alone.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.cfg.lr
-            del group["initial_lr"]
-        cfg = self.cfg
-        assert cfg.lr_end is not None
-        self.lr_scheduler = get_lr_scheduler(
-            cfg.lr_scheduler_name,
-            optimizer=self.optimizer,
-            training_steps=cfg.total_training_steps,
-            lr=cfg.lr,
-            warm_up_steps=cfg.lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            lr_end=cfg.lr_end,
-            num_cycles=cfg.n_restart_cycles,
-        )
-        with warnings.catch_warnings():
-            # Of torch's, that the optimizer has made no step; it made them before the checkpoint.
-            warnings.simplefilter("ignore", UserWarning)
-            for _ in range(steps):
-                self.lr_scheduler.step()
+    def check_finite(self, checkpoint_path: Path | str) -> None:
+        """Raise ValueError, naming it, for a number of a checkpoint that was loaded which no step could be made from."""
+        state = [
+            (f"the optimizer's {name}", value) for of in self.optimizer.state.values() for name, value in of.items()
+        ]
+        for name, value in [*self.sae.named_parameters(), *state]:
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"checkpoint {str(checkpoint_path)!r}: {name} holds values that are not finite numbers, and no lr trains them; "
+                    "resume from an earlier checkpoint"
+                )
 
 
 def _check_losses(sae: TrainingSAE[Any], output: TrainStepOutput) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from sae_lens_e2e.architectures.transcoder import widths_of
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
 from sae_lens_e2e.loading.folder import load_folder
 from sae_lens_e2e.loading.metadata import model_settings
@@ -240,7 +241,7 @@ def _check_source(sae: SAE[Any], model: HookedTransformer | None, dataset: HfDat
         raise ValueError(f"model is a {type(model).__name__}, and SAEDashboard runs a HookedTransformer")
     setting, splice = Setting.of(sae, model), SplicedModel(model)
     setting.check(splice.n_ctx)
-    check_sites(splice, {"sae": setting.site}, {"sae": sae.cfg.d_in})
+    check_sites(splice, {"sae": setting.site}, {"sae": widths_of(sae.cfg)})
 
 
 def _check_positive(**counts: int | None) -> None:
