@@ -93,7 +93,7 @@ def config(saes: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]], set
         return E2ERunnerConfig(sae=next(iter(saes.values())), **{**settings, **next(iter(places.values()))})
     hooks = {name: place["hook_name"] for name, place in places.items()}
     heads = {name: place["hook_head_index"] for name, place in places.items()}
-    out = {name: hook for name, place in places.items() if (hook := place["hook_name_out"]) is not None}
+    out = {name: place["hook_name_out"] for name, place in places.items() if "hook_name_out" in place}
     known = {f.name for f in fields(E2EMultiRunnerConfig)}
     for name in settings:
         if name not in known and name not in _PLACE:
@@ -116,6 +116,10 @@ def places(saes: Mapping[str, SAE[Any]], asked: Mapping[str, Any]) -> dict[str, 
     found = {
         name: {field: asked.get(field, sae.cfg.metadata.get(field)) for field in _PLACE} for name, sae in saes.items()
     }
+    for place in found.values():
+        # An SAE that writes what it reads says nothing of it.
+        if place["hook_name_out"] is None:
+            del place["hook_name_out"]
     at: dict[tuple[Any, ...], str] = {}
     for name, place in found.items():
         if (other := at.setdefault(tuple(place.values()), name)) != name:
@@ -136,8 +140,7 @@ def read_as(sae: SAE[Any], cfg: AnyConfig, place: Mapping[str, Any]) -> None:
     for field in ("model_name", "model_class_name", "model_from_pretrained_kwargs", *_DATA):
         sae.cfg.metadata[field] = getattr(cfg, field)
     for field, value in place.items():
-        if field in sae.cfg.metadata or value is not None:
-            sae.cfg.metadata[field] = value
+        sae.cfg.metadata[field] = value
 
 
 def _from_metadata(metadata: Any, asked: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:

@@ -134,8 +134,15 @@ class SplicedModel:
 
     def in_order(self, sites: Collection[Site]) -> list[Site]:
         """Sites from the earliest write to the latest, and by their reads where they write the same."""
+        if len(sites) < 2:
+            return list(sites)
         order = self.order({hook for site in sites for hook in (site.read, *site.writes)})
         return sorted(sites, key=lambda site: (order[site.writes[0]], order[site.read], site.head_index or 0))
+
+    def names_in_order(self, sites: Mapping[str, Site]) -> list[str]:
+        """The names of sites that all differ, in their order."""
+        names = {site: name for name, site in sites.items()}
+        return [names[site] for site in self.in_order(names)]
 
     def clean(
         self,

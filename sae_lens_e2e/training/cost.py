@@ -54,7 +54,7 @@ def flops_per_token(
     of_prompt = lm.forward(0, lm.n_blocks if final else max([*ends, *reached]))
     of_trained = 0.0
     is_spliced = final or bool(objective.hooks)
-    for names in checked_passes(objective, model_order(model, sites)):
+    for names in checked_passes(objective, model.names_in_order(sites)):
         in_pass = {name: sites[name] for name in names}
         later = later_reads(model, in_pass) if is_spliced else set()
         of_trained += sum(_sae_flops(saes[name], name in later) for name in names)
@@ -75,12 +75,6 @@ def check_countable(objective: AnyObjective) -> None:
                 f"{said_of(one)} does not say its logit_products, without which its FLOPs cannot be counted; give the class that property, or "
                 "compare at equal: tokens"
             )
-
-
-def model_order(model: SplicedModel, sites: Mapping[str, Site]) -> list[str]:
-    """The names of SAEs in order of depth."""
-    names = {site: name for name, site in sites.items()}
-    return [names[site] for site in (model.in_order(names) if len(names) > 1 else names)]
 
 
 def later_reads(model: SplicedModel, sites: Mapping[str, Site]) -> set[str]:

@@ -48,9 +48,7 @@ class Group:
     ):
         self.model, self.plan = model, plan
         # In order of depth, in which they are spliced in.
-        names = {site: name for name, site in sites.items()}
-        ordered = model.in_order(names) if len(names) > 1 else list(names)
-        self.sites = {names[site]: site for site in ordered}
+        self.sites = {name: sites[name] for name in model.names_in_order(sites)}
         self.trainers = {name: trainers[name] for name in self.sites}
         self.course = Course(objective, self.first.cfg, list(self.trainers))
         self.clock = Clock(model.device)

@@ -77,7 +77,7 @@ def resolved_objective(cfg: Any, model: SplicedModel, sites: Mapping[str, Site])
     for site in sites.values():
         for field, hook in site.named_hooks:
             model.check_hook(hook, field)
-    last = model.in_order(sites.values())[-1].writes[-1] if len(sites) > 1 else next(iter(sites.values())).writes[-1]
+    last = model.in_order(sites.values())[-1].writes[-1]
     return cfg.objective.resolve(model.later_blocks(last), last)
 
 
