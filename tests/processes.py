@@ -10,6 +10,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver, popen_forkserver
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,22 @@ LIMIT = 240.0
 # A process of one thread, so that a copy of it cannot wait for a lock that a thread of ours held at that moment.
 _COPIES = multiprocessing.get_context("forkserver")
 _COPIES.set_forkserver_preload(["sae_lens_e2e.cli", "tests.reliability.runs"])
+# Another, that knows SAELens alone: whoever loads what we have saved.
+_STOCK = forkserver.ForkServer()
+_STOCK.set_forkserver_preload(["sae_lens"])
+
+
+class _StockPopen(popen_forkserver.Popen):
+    def _launch(self, process_obj: BaseProcess) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forkserver, "connect_to_new_process", _STOCK.connect_to_new_process)
+            super()._launch(process_obj)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _StockProcess(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _StockPopen:  # noqa: N802
+        return _StockPopen(process_obj)
 
 
 class Done(NamedTuple):
@@ -51,12 +69,12 @@ def run_fresh(*arguments: str, cwd: Path | None = None, **environment: str) -> D
     return Done(process.returncode, *said)
 
 
-def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+def start(target: Callable[..., None], *arguments: Any, kind: type[BaseProcess] = _COPIES.Process) -> BaseProcess:
     """A process without a network that calls `target`, started in the time that a fork takes."""
     with pytest.MonkeyPatch.context() as patch:
         # Read when it is imported, so by the first process, of which all others are copies.
         patch.setenv("HF_HUB_OFFLINE", "1")
-        process = _COPIES.Process(target=target, args=arguments)
+        process = kind(target=target, args=arguments)
         process.start()
     return process
 
@@ -86,12 +104,22 @@ def run_code(code: str, cwd: Path, **environment: str) -> Done:
     return _run(_code, code, (), cwd=cwd, environment=environment)
 
 
+def run_stock(code: str, *arguments: str, cwd: Path, **environment: str) -> Done:
+    """`python -c code arguments...` from `cwd`, where nothing of ours has been imported."""
+    return _run(_code, code, arguments, cwd=cwd, environment=environment, kind=_StockProcess)
+
+
 def _run(
-    body: Callable[[str], None], program: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]
+    body: Callable[[str], None],
+    program: str,
+    arguments: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    kind: type[BaseProcess] = _COPIES.Process,
 ) -> Done:
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "stdout"), Path(folder, "stderr")
-        process = start(_child, body, program, arguments, cwd, environment, said)
+        process = start(_child, body, program, arguments, cwd, environment, said, kind=kind)
         try:
             ended(process)
         except AssertionError as error:

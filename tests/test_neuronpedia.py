@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sae_lens_e2e.architectures.transcoder import TRANSCODERS
 from sae_lens_e2e.publishing import neuronpedia
 from sae_lens_e2e.publishing.neuronpedia import REQUIRED, complete_metadata, save_for_neuronpedia, stock_sae
-from tests.processes import run_fresh
+from tests.processes import run_stock
 from tests.saes import COMPLETE, D_SAE, activations, features_and_output, inference_sae, training_sae
 from tests.training import make_runner, runner_config
 
@@ -66,7 +66,7 @@ torch.save(sae(torch.load({str(tmp_path / "x.pt")!r}, weights_only=True)).detach
 assert not [name for name in sys.modules if name.startswith("sae_lens_e2e")]
 print(type(sae).__module__, sae.cfg.metadata.neuronpedia_id, sae.cfg.device)
 """
-    done = run_fresh("-c", program, cwd=tmp_path)
+    done = run_stock(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["sae_lens.saes.standard_sae", "gpt2-small/1-res_mine", "cpu"]
     written = torch.load(tmp_path / "y.pt", weights_only=True)

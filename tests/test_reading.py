@@ -151,7 +151,7 @@ def test_the_command_line_evaluates_on_what_it_kept(
 ) -> None:
     dataset, seen, out = stories(tmp_path, 30), Seen(monkeypatch), tmp_path / "out"
     # All that there is, more than once.
-    given = settings(dataset, training_tokens=64 * 400, output_path=str(out)) | (
+    given = settings(dataset, training_tokens=64 * 160, output_path=str(out)) | (
         {} if part is None else {"held_out": part}
     )
     (tmp_path / "run.json").write_text(json.dumps(given))

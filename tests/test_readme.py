@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_code, run_fresh
+from tests.processes import run_code, run_fresh, run_stock
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,8 @@ def test_the_readme_has_the_snippets_that_are_run() -> None:
 def test_the_first_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:
     run(shortened(SNIPPETS[0]), tmp_path)
     loaded = "import sys; sys.modules['sae_lens_e2e'] = None; from sae_lens import SAE; print(SAE.load_from_disk('my_sae').cfg.d_sae)"
-    assert run_in_fresh(loaded, tmp_path).split()[-1] == "1024"
+    done = run_stock(loaded, cwd=tmp_path)
+    assert done.stdout.split()[-1:] == ["1024"], done.stderr
     assert json.loads((tmp_path / "my_sae" / "cfg.json").read_text())["metadata"]["objective"]["name"] == "e2e_ds"
 
 

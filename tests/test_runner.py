@@ -38,7 +38,7 @@ from sae_lens_e2e import (
 )
 from sae_lens_e2e._upstream import InterruptedException
 from tests.models import D_MODEL, apollo_tiny4l, dataset_of, random_model, random_tokens
-from tests.processes import run_fresh
+from tests.processes import run_stock
 from tests.training import make_runner, make_trainer, runner_config, tried_step
 
 N_STEPS, STEP_TOKENS = 12, 48
@@ -637,7 +637,7 @@ def test_stock_sae_lens_loads_and_evaluates_what_was_trained(tmp_path: Path) -> 
         in_this_process[folder] = evaluated(SAE.load_from_disk(folder), model)
         assert in_this_process[folder] == pytest.approx(evaluated(trained, model), rel=1e-5, abs=1e-6)
         assert 0 < in_this_process[folder]["l0"] < 40
-    process = run_fresh("-c", EVALUATE_WITHOUT_US, *in_this_process, cwd=Path(__file__).parent.parent)
+    process = run_stock(EVALUATE_WITHOUT_US, *in_this_process, cwd=Path(__file__).parent.parent)
     assert process.returncode == 0, process.stderr[-3000:]
     found = json.loads(process.stdout.split("RESULT")[1])
     for folder, expected in in_this_process.items():

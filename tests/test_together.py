@@ -31,7 +31,7 @@ from sae_lens_e2e.evaluation import (
 from sae_lens_e2e.evaluation.files import read_together, write_together
 from sae_lens_e2e.evaluation.moved import MOVED
 from tests.models import dataset_of, random_model, random_tokens
-from tests.processes import run_fresh
+from tests.processes import run_stock
 
 N_POS, D_VOCAB = 12, 61
 TOKENS = random_tokens(8, N_POS, D_VOCAB)
@@ -329,7 +329,7 @@ def test_options_are_checked_where_they_are_made() -> None:
 # Old names
 
 
-def test_modules_that_moved_are_imported_by_their_old_names() -> None:
+def test_modules_that_moved_are_imported_by_their_old_names(tmp_path: Path) -> None:
     code = f"""
 import importlib, sys
 import sae_lens_e2e.evaluation
@@ -347,5 +347,5 @@ try:
 except ModuleNotFoundError:
     print("done")
 """
-    done = run_fresh("-c", code)
+    done = run_stock(code, cwd=tmp_path)
     assert done.stdout.strip() == "done", done.stderr

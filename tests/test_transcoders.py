@@ -5,8 +5,6 @@ What is observed in training is the production loop: a runner's group, a real st
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from sae_lens_e2e.evaluation import Evaluation, evaluate, evaluate_together
 from sae_lens_e2e.publishing.neuronpedia import save_for_neuronpedia
 from sae_lens_e2e.splice import Site, frozen
 from tests.models import any_model, dataset_of, random_model, random_tokens, run_with_hooks
+from tests.processes import run_stock
 from tests.saes import randomised
 from tests.test_joint_equations import assert_gradients, mask_of, naive_gradients
 from tests.training import group_gradients, make_multi_runner, make_runner, multi_config, runner_config
@@ -263,9 +262,7 @@ def test_what_is_saved_is_sae_lens_own_and_computes_the_same_in_it(tmp_path: Pat
         runner = make_runner(single(name, output_path=str(tmp_path / name), training_tokens=3 * 48))
         randomised(runner.sae)
         trained[name] = runner.run().eval()
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, *SETTINGS], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = run_stock(ALONE, *SETTINGS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, line in zip(SETTINGS, done.stdout.splitlines(), strict=True):
         class_name = SAE_CLASS_REGISTRY[SAVED_AS[name]][0].__name__
