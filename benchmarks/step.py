@@ -4,7 +4,7 @@
     python benchmarks/step.py --kinds    # our step on each kind of model of GPT2-small's shape
 
 Each measurement is a process of its own, since a process never gives its peak memory back: a model with random weights of
-the shape named, an SAE, Adam, and a few optimizer steps on random tokens. Time is the median step after two for warming up;
+the shape named, an SAE as sparse as a trained one, Adam, and a few optimizer steps on random tokens. Time is the median step after two for warming up;
 memory the peak above the process with the model loaded, SAE, gradients and optimizer state included. The two sides take turns, so that whatever
 else the machine is doing disturbs both.
 """
@@ -46,6 +46,8 @@ class Shape:
     ratio: int
     n_prompts: int
     n_pos: int
+    l0: int
+    """How many features of a token fire, as in a trained SAE; in a new one it is half of them."""
 
     @property
     def hook_name(self) -> str:
@@ -70,13 +72,14 @@ TINYSTORIES: dict[str, Any] = {
 }
 GPT2: dict[str, Any] = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "n_ctx": 1024}
 SHAPES = {
-    "tinystories-1m": Shape(TINYSTORIES, 4, 50, 4, 512),
-    "gpt2-small": Shape(GPT2, 6, 60, 1, 256),
-    "gpt2-small-long": Shape(GPT2, 6, 60, 1, 1024),
+    "tinystories-1m": Shape(TINYSTORIES, 4, 50, 4, 512, 30),
+    "gpt2-small": Shape(GPT2, 6, 60, 1, 256, 70),
+    "gpt2-small-long": Shape(GPT2, 6, 60, 1, 1024, 70),
 }
 OBJECTIVES = ("e2e", "e2e_ds")
 SIDES = ("naive", "ours")
-L1, LR = 0.02, 1e-3
+# A learning rate at which the SAE stays as sparse as it was: the time of a step does not depend on it otherwise.
+L1, LR = 0.02, 1e-7
 
 
 def load_model(shape: Shape) -> HookedTransformer:
@@ -120,10 +123,22 @@ def sae_config(shape: Shape) -> StandardTrainingSAEConfig:
     return StandardTrainingSAEConfig(d_in=d_in, d_sae=shape.ratio * d_in, l1_coefficient=L1)
 
 
-def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Callable[[Tensor], float]:
-    """A training step as the equations read, in plain PyTorch over TransformerLens."""
+def sparse_sae(model: Any, shape: Shape, kind: str) -> StandardTrainingSAE:
+    """An SAE whose encoder bias lets as many features fire as a trained one's, on random tokens; the same in each process."""
     torch.manual_seed(0)
     sae = StandardTrainingSAE(sae_config(shape))
+    tokens = torch.randint(0, 50257, (1, 64), generator=torch.Generator().manual_seed(2))
+    hook = KINDS[kind].hook_name(shape.hook_layer)
+    with torch.no_grad():
+        x = SplicedModel(model).clean(tokens, hooks=[hook], final=False).at[hook][0]
+        strongest = (x @ sae.W_enc).flatten().topk(shape.l0 * len(x)).values
+        sae.b_enc.fill_(-strongest[-1])
+    return sae
+
+
+def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> Callable[[Tensor], float]:
+    """A training step as the equations read, in plain PyTorch over TransformerLens."""
+    sae = sparse_sae(model, shape, "hooked")
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
     objective: Any = make_objective(objective_name)
     later = [f"blocks.{i}.hook_resid_pre" for i in range(shape.hook_layer + 1, shape.model["n_layers"])]
@@ -177,8 +192,7 @@ def our_step(
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
-    torch.manual_seed(0)
-    sae = StandardTrainingSAE(sae_config(shape))
+    sae = sparse_sae(model, shape, kind)
     dataset = Dataset.from_dict({"input_ids": [[0] * shape.n_pos]})
     trainer = E2ETrainingRunner(cfg, dataset, model, sae).make_trainer()
     return lambda tokens: float(trainer.step(tokens).loss), trainer.group.model

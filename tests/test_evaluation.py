@@ -383,7 +383,8 @@ def test_constant_activations_are_explained_wholly_or_not_at_all() -> None:
 @pytest.mark.parametrize("kind", ["linear", "capped", "module"])
 def test_next_token_measures_in_chunks(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 on the logits in the unembedding's own precision, in chunks of a few tokens."""
-    monkeypatch.setitem(unembedding.CHUNK_BYTES, "cpu", 4 * 4 * 50 * 7)
+    monkeypatch.setitem(unembedding.CHUNK_BYTES, "cpu", unembedding.N_BUFFERS * 4 * 50 * 7)
+    monkeypatch.setitem(unembedding.CHUNK_ROWS, "narrow", 1)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 50, generator=generator).to(dtype)
     clean, other, third = (torch.randn(30, 8, generator=generator).to(dtype) for _ in range(3))

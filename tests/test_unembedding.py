@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sae_lens_e2e
-from sae_lens_e2e.splice import NO_LABEL, Site, SplicedModel, Where
+from sae_lens_e2e.splice import NO_LABEL, Remembered, Site, SplicedModel, Where
 from sae_lens_e2e.splice import unembedding as module
 from sae_lens_e2e.splice.unembedding import LinearUnembedding, ModuleUnembedding, Unembedding, linear_kl
 from tests.models import LOGIT_CAP, any_model, block_output, hugging_face_model, logits_of, random_model, random_tokens
@@ -135,7 +135,8 @@ def test_chunks_of_every_size_add_up_to_the_whole(
 ) -> None:
     p = problem(soft_cap=soft_cap)
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", chunk_bytes(rows))
-    assert module.chunk_size(D_VOCAB, torch.float64, torch.device("cpu")) == rows
+    monkeypatch.setitem(module.CHUNK_ROWS, "narrow", 1)
+    assert module.chunk_size(D_MODEL, D_VOCAB, torch.float64, torch.device("cpu")) == rows
     sizes: list[int] = []
 
     def counted(hidden: Tensor) -> Tensor:
@@ -419,6 +420,39 @@ def test_any_other_module_is_applied_in_chunks() -> None:
     assert final is not None
     assert final.shape == (3, 12, 16)
     torch.testing.assert_close(spliced_model.unembedding.logits(final), logits_of(model, TOKENS), rtol=1e-9, atol=1e-9)
+
+
+# What several passes are compared with
+
+
+@pytest.mark.parametrize("soft_cap", [None, SOFT_CAP])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_remembered_distribution_is_worked_out_once_and_gives_the_same(
+    kind: str, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem(soft_cap=soft_cap)
+    unembedding = unembedding_of(kind, p, chunk_bytes(5))
+    remembered, seen = Remembered(p["clean"]), []
+    write = module._Write.__call__
+
+    def counted(self: Any, hidden: Tensor, out: Tensor) -> None:
+        seen.append(hidden.data_ptr())
+        write(self, hidden, out)
+
+    monkeypatch.setattr(module._Write, "__call__", counted)
+    for factor in (1.0, 0.5, 2.0):
+        hidden = factor * p["hidden"]
+        expected = value_and_gradient(lambda h: unembedding.kl(h, p["clean"], p["weights"]), hidden)
+        found = value_and_gradient(lambda h: unembedding.kl(h, remembered, p["weights"]), hidden)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if kind == "linear":
+        # Three chunks: for both sides of three plain ones, three remembered ones, and the clean side once.
+        assert len(seen) == 3 * (3 * 2 + 3 + 1)
+
+
+def test_what_is_too_much_is_not_remembered() -> None:
+    assert Remembered.fits(512, 32_000)
+    assert not Remembered.fits(16 * 1024, 50_257)
 
 
 # Memory

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_e2e.objectives.running import RunningMeans
-from sae_lens_e2e.splice import Unembedding, Where
+from sae_lens_e2e.splice import Remembered, Unembedding, Where
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Batch:
     """The fraction of the whole step's trained tokens that have a next token; None where this batch is all there is."""
     means: RunningMeans = field(default_factory=RunningMeans)
     """What `running_mean` has seen in earlier forward passes."""
+    remembered: Remembered | None = None
+    """The clean distributions, where several passes are compared with them."""
 
     @property
     def tokens(self) -> Int[Tensor, "tokens"]:
@@ -80,7 +82,7 @@ class Batch:
         Raises ValueError for an objective with `compares_logits = False`.
         """
         unembedding, spliced, clean = self._finals()
-        return unembedding.kl(spliced, clean, token_weights)
+        return unembedding.kl(spliced, self.remembered or clean, token_weights)
 
     def cross_entropy(self, token_weights: Float[Tensor, "tokens"] | None = None) -> Float[Tensor, ""]:
         """-log p(next token) of the spliced model in nats: mean over tokens that have one, or summed with `token_weights`.

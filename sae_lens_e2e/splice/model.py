@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lens_e2e.splice.activation import fused_gelu
 from sae_lens_e2e.splice.anatomy import device_of, read_anatomy
 from sae_lens_e2e.splice.attention import fused_attention
 from sae_lens_e2e.splice.find_unembedding import find_unembedding, logits_of
@@ -90,8 +91,8 @@ class SplicedModel:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The model as training and evaluation want it: frozen, its attention fused where it can be; put back on exit."""
-        with frozen(self.model), fused_attention(self.model):
+        """The model as training and evaluation want it: frozen, attention and GELU fused where they can be; put back on exit."""
+        with frozen(self.model), fused_attention(self.model), fused_gelu(self.model):
             yield
 
     def later_blocks(self, hook_name: str) -> list[str]:

@@ -7,7 +7,7 @@ forward pass, so that nothing as wide as the vocabulary outlives its chunk.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,18 @@ from torch import Tensor
 
 from sae_lens_e2e.splice.positions import NO_LABEL
 
-# The four chunk x d_vocab work buffers together. On a CPU they should stay in its last-level cache, and below the size
-# from which malloc maps (and the kernel zeroes) fresh pages for each allocation; a GPU wants few and large launches.
-CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 1 * 2**30}
-N_BUFFERS = 4
+# How many tokens at a time: so many that the unembedding's own weights, which each chunk's products read again, are read seldom, and
+# where the vocabulary is small as many as fill a CPU's cache. A GPU wants few and large launches.
+CHUNK_ROWS = {"narrow": 64, "wide": 256}
+WIDE = 256
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 1 * 2**30}
+MAX_CHUNK_BYTES = 256 * 2**20
+N_BUFFERS = 2
+"""Of chunk x d_vocab: the spliced model's logits and the clean model's."""
+BLOCK_BYTES = 2 * 2**20
+"""What is made of logits one by one is made of this much at a time, which a core's own cache holds."""
+REMEMBERED_BYTES = 256 * 2**20
+"""The most that is held of clean distributions which several passes are compared with."""
 
 
 class Unembedding(ABC):
@@ -31,6 +39,8 @@ class Unembedding(ABC):
 
     d_vocab: int
     """How many next tokens the model tells apart."""
+    width: int | None = None
+    """Of the hidden states that weights are multiplied with, if that is what it does."""
 
     @abstractmethod
     def logits(self, hidden: Float[Tensor, "tokens d_final"]) -> Float[Tensor, "tokens d_vocab"]:
@@ -43,7 +53,7 @@ class Unembedding(ABC):
     def kl(
         self,
         hidden: Float[Tensor, "tokens d_final"],
-        clean: Float[Tensor, "tokens d_final"],
+        clean: "Float[Tensor, 'tokens d_final'] | Remembered",
         weights: Float[Tensor, "tokens"] | None = None,
     ) -> Float[Tensor, ""]:
         """KL(clean ‖ hidden) of the next-token distributions, in nats: mean over tokens, or summed with `weights`.
@@ -67,7 +77,7 @@ class Unembedding(ABC):
 
     def chunks(self, hidden: Tensor) -> Iterator[slice]:
         """Slices of tokens whose logits fit the work buffers."""
-        size = chunk_size(self.d_vocab, torch.promote_types(hidden.dtype, torch.float32), hidden.device)
+        size = chunk_size(self.width, self.d_vocab, _figures_dtype(hidden), hidden.device)
         return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
@@ -85,8 +95,18 @@ class LinearUnembedding(Unembedding):
         # A bias of zeros is what many models have where they have none.
         self.bias = bias if bias is not None and bool(bias.any()) else None
         self.soft_cap = soft_cap if soft_cap and soft_cap > 0 and math.isfinite(soft_cap) else None
-        self.d_vocab = weight.shape[1]
+        self.width, self.d_vocab = weight.shape
         self.chunk_bytes = chunk_bytes
+        self._kept: Tensor | None = None
+
+    def buffers(self, n_rows: int, dtype: torch.dtype) -> Float[Tensor, "buffers rows d_vocab"]:
+        """Room for chunks of logits. On a CPU it is kept, as fresh pages cost as much as what is written to them."""
+        kept = self._kept
+        if kept is None or kept.shape[1] < n_rows or kept.dtype != dtype or kept.device != self.weight.device:
+            kept = self.weight.new_empty((N_BUFFERS, n_rows, self.d_vocab), dtype=dtype)
+        if kept.device.type == "cpu":
+            self._kept = kept
+        return kept[:, :n_rows]
 
     def logits(self, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_vocab"]:
         """See `Unembedding.logits`."""
@@ -129,7 +149,7 @@ def linear_kl(
 ) -> Float[Tensor, ""]:
     """KL(softmax(clean @ weight + bias) ‖ softmax(spliced @ weight + bias)) in nats, from hidden states.
 
-    `LinearUnembedding.kl` as a function. Peak memory is four buffers of chunk x d_vocab, together `chunk_bytes`.
+    `LinearUnembedding.kl` as a function. Peak memory is two buffers of chunk x d_vocab, together `chunk_bytes`.
     """
     return LinearUnembedding(weight, bias, soft_cap, chunk_bytes).kl(spliced, clean, token_weights)
 
@@ -151,18 +171,56 @@ def _figures_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def chunk_size(d_vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None) -> int:
-    """How many tokens' logits fit the work buffers' budget in bytes; at least one."""
-    budget = chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    return max(budget // (N_BUFFERS * d_vocab * dtype.itemsize), 1)
+def chunk_size(
+    width: int | None, d_vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None
+) -> int:
+    """How many tokens' logits are worked out at a time, at least one: what fits `chunk_bytes`, if they are given.
+
+    `width` is that of the weights, or None where nothing but the logits is read for a chunk.
+    """
+    row_bytes = N_BUFFERS * d_vocab * dtype.itemsize
+    if chunk_bytes is not None:
+        return max(chunk_bytes // row_bytes, 1)
+    if device.type != "cpu":
+        return max(CHUNK_BYTES["cuda"] // row_bytes, 1)
+    few = 1 if width is None else CHUNK_ROWS["wide" if width >= WIDE else "narrow"]
+    return max(min(few, MAX_CHUNK_BYTES // row_bytes), CHUNK_BYTES["cpu"] // row_bytes, 1)
+
+
+class Remembered:
+    """The clean side of a KL divergence that several passes are compared with: worked out by the first, held for the others.
+
+    Takes tokens x d_vocab numbers, so `fits` says whether to.
+    """
+
+    def __init__(self, hidden: Float[Tensor, "tokens d_final"]):
+        self.hidden = hidden
+        self._log_p: Tensor | None = None
+        self._n_known = 0
+
+    @staticmethod
+    def fits(n_tokens: int, d_vocab: int) -> bool:
+        """Whether so many tokens' distributions are few enough to be held."""
+        return n_tokens * d_vocab * 4 <= REMEMBERED_BYTES
+
+    def log_p(self, rows: slice, d_vocab: int, write: Callable[[Tensor, Tensor], None], dtype: torch.dtype) -> Tensor:
+        """log p of a chunk of tokens, `write` being what forms it. Chunks are asked for in their order."""
+        if self._log_p is None:
+            self._log_p = self.hidden.new_empty((len(self.hidden), d_vocab), dtype=dtype)
+        if rows.stop > self._n_known:
+            write(self.hidden[rows], self._log_p[rows])
+            self._n_known = rows.stop
+        return self._log_p[rows]
 
 
 class _Divergence(ABC):
     """What is made of each token's logits, against something known."""
 
     @abstractmethod
-    def of_rows(self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """By hand: (each row's value, its gradient by the logits, the logits), the last two in `buffers`."""
+    def of_rows(
+        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice]
+    ) -> tuple[Tensor, Tensor]:
+        """By hand, for a chunk of tokens: each one's value, and its gradient by the logits, which is in `buffers`."""
 
     @abstractmethod
     def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -170,21 +228,37 @@ class _Divergence(ABC):
 
 
 class _KL(_Divergence):
-    def __init__(self, clean: Float[Tensor, "tokens d_final"]):
-        self.clean = clean
+    def __init__(self, clean: Float[Tensor, "tokens d_final"] | Remembered):
+        self.remembered = clean if isinstance(clean, Remembered) else None
+        self.clean = clean.hidden if isinstance(clean, Remembered) else clean
 
-    def of_rows(self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d, q, z, p = buffers
-        write(hidden, d)
-        torch.softmax(d, -1, out=q)
-        lse = _log_sum_exp(d, q)
-        write(self.clean[rows], z)
-        torch.softmax(z, -1, out=p)
-        lse_clean = _log_sum_exp(z, p)
-        # KL = Σ p (log p - log q), with log p = z - lse
-        d.sub_(z)
-        value = lse - lse_clean - torch.linalg.vecdot(p, d)
-        return value, q.sub_(p), d.add_(z) if write.soft_cap is not None else d
+    def of_rows(
+        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice]
+    ) -> tuple[Tensor, Tensor]:
+        logits, room = buffers
+
+        def write_log_p(clean: Tensor, out: Tensor) -> None:
+            write(clean, out)
+            for block in blocks:
+                _log_softmax_(out[block])
+
+        if self.remembered is None:
+            write_log_p(self.clean[rows], room)
+            log_p = room
+        else:
+            log_p = self.remembered.log_p(rows, logits.shape[1], write_log_p, logits.dtype)
+        write(hidden, logits)
+        values: list[Tensor] = []
+        for block in blocks:
+            log_q = logits[block]
+            slope = write.slope(log_q)
+            _log_softmax_(log_q)
+            p = log_p[block].exp()
+            values.append(_dot(p, log_p[block] - log_q))
+            log_q.exp_().sub_(p)
+            if slope is not None:
+                log_q.mul_(slope)
+        return torch.cat(values), logits
 
     def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -196,21 +270,34 @@ class _CrossEntropy(_Divergence):
     def __init__(self, labels: Int[Tensor, "tokens"]):
         self.labels = labels
 
-    def of_rows(self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, q, _, _ = buffers
-        labels = self.labels[rows, None]
-        write(hidden, z)
-        torch.softmax(z, -1, out=q)
-        value = _log_sum_exp(z, q) - z.gather(-1, labels)[:, 0]
-        return value, q.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=q.dtype)), z
+    def of_rows(
+        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice]
+    ) -> tuple[Tensor, Tensor]:
+        logits, labels = buffers[0], self.labels[rows, None]
+        write(hidden, logits)
+        values: list[Tensor] = []
+        for block in blocks:
+            log_q, label = logits[block], labels[block]
+            slope = write.slope(log_q)
+            _log_softmax_(log_q)
+            values.append(-log_q.gather(-1, label)[:, 0])
+            log_q.exp_().scatter_add_(-1, label, torch.full_like(label, -1, dtype=log_q.dtype))
+            if slope is not None:
+                log_q.mul_(slope)
+        return torch.cat(values), logits
 
     def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002
         return -logits.log_softmax(-1).gather(-1, self.labels[rows, None])[:, 0]
 
 
-def _log_sum_exp(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """log Σ exp(logits) per row, from logits and their softmax: at the largest, logit - log p, exact and cheap."""
-    return logits.amax(-1) - probabilities.amax(-1).log()
+def _log_softmax_(logits: Float[Tensor, "rows d_vocab"]) -> None:
+    """In place: each number is read for the last time before it is written."""
+    torch.log_softmax(logits, -1, out=logits)
+
+
+def _dot(a: Float[Tensor, "rows d_vocab"], b: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, "rows"]:
+    """Row by row, as a product of matrices, which is faster by far than `vecdot`."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
 
 def _without_grad_if_disabled(hidden: Tensor) -> Tensor:
@@ -237,12 +324,18 @@ class _Write:
             out.add_(self.bias)
         soft_capped(out, self.soft_cap, out=out)
 
-    def backward(self, grad_logits: Tensor, logits: Tensor, out: Tensor) -> None:
-        if self.soft_cap is not None:
-            # d tanh(z) = 1 - tanh(z)²
-            slope = logits.div_(self.soft_cap).square_().neg_().add_(1)
-            grad_logits.mul_(slope)
-        out.copy_(grad_logits.to(self.weight.dtype) @ self.weight.T)
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """d capped / d logits of capped ones, if they are: d tanh(z) = 1 - tanh(z)²."""
+        return None if self.soft_cap is None else (logits / self.soft_cap).square_().neg_().add_(1)
+
+    def backward(self, grad_logits: Tensor, weights: Tensor, out: Tensor) -> None:
+        torch.mul(grad_logits.to(self.weight.dtype) @ self.weight.T, weights[:, None], out=out)
+
+
+def _blocks(n_rows: int, d_vocab: int, weight: Tensor) -> list[slice]:
+    """The rows of a chunk that are worked on at once: on a CPU as many as its cache holds."""
+    size = max(BLOCK_BYTES // (3 * d_vocab * 4), 1) if weight.device.type == "cpu" else max(n_rows, 1)
+    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
 class _Linear(torch.autograd.Function):
@@ -253,8 +346,9 @@ class _Linear(torch.autograd.Function):
         weight = unembedding.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         n_tokens, d_vocab = len(hidden), unembedding.d_vocab
-        chunk = min(chunk_size(d_vocab, dtype, weight.device, unembedding.chunk_bytes), max(n_tokens, 1))
-        buffers = weight.new_empty((N_BUFFERS, chunk, d_vocab), dtype=dtype)
+        fitting = chunk_size(len(weight), d_vocab, dtype, weight.device, unembedding.chunk_bytes)
+        chunk = min(fitting, max(n_tokens, 1))
+        buffers = unembedding.buffers(chunk, dtype)
         weights = weights.to(dtype)
         grad = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=dtype)
@@ -263,10 +357,11 @@ class _Linear(torch.autograd.Function):
             for start in range(0, n_tokens, chunk):
                 rows = slice(start, min(start + chunk, n_tokens))
                 w = weights[rows]
-                value, grad_logits, logits = divergence.of_rows(write, hidden[rows], rows, buffers[:, : len(w)])
+                blocks = _blocks(len(w), d_vocab, weight)
+                value, grad_logits = divergence.of_rows(write, hidden[rows], rows, buffers[:, : len(w)], blocks)
                 total += w @ value
                 if grad is not None:
-                    write.backward(grad_logits.mul_(w[:, None]), logits, out=grad[rows])
+                    write.backward(grad_logits, w, out=grad[rows])
         ctx.save_for_backward(None if grad is None else grad.to(hidden.dtype))
         return total
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lens_e2e.objectives import Batch, Objective, Part, Term
 from sae_lens_e2e.objectives.plugins import said_of
 from sae_lens_e2e.output import replaced_whole
-from sae_lens_e2e.splice import Clean, Replace, Site, SplicedModel, Where
+from sae_lens_e2e.splice import Clean, Remembered, Replace, Site, SplicedModel, Where
 from sae_lens_e2e.training.clock import Clock
 from sae_lens_e2e.training.course import Course
 from sae_lens_e2e.training.history import write_history
@@ -104,14 +104,19 @@ class Group:
                 trainer.begin_stage(self.course.learning_rate)
         self._buffers = {name: trainer.begin_step() for name, trainer in self.trainers.items()}
 
-    def forward_backward(self, clean: Clean, where: Where, share: float, label_rate: float) -> None:
-        """SAEs, spliced passes, losses and backward on one micro-batch, which is `share` of the step's trained tokens."""
+    def forward_backward(
+        self, clean: Clean, where: Where, share: float, label_rate: float, remembered: Remembered | None = None
+    ) -> None:
+        """SAEs, spliced passes, losses and backward on one micro-batch, which is `share` of the step's trained tokens.
+
+        What is `remembered` of the clean model's distributions serves every pass.
+        """
         counted: dict[str, TrainStepOutput] = {}
         terms: dict[str, Term] = {}
         values: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for names in self.course.passes:
-            batch, outputs = self._run_pass(names, clean, where, label_rate, counted)
+            batch, outputs = self._run_pass(names, clean, where, label_rate, counted, remembered)
             new = {name: output for name, output in outputs.items() if name not in counted}
             own = [loss for name in new for loss in batch.parts[name].own_losses.values()]
             of_pass = {self._logged_as(term, names): value for term, value in terms_of(self.objective, batch).items()}
@@ -221,6 +226,7 @@ class Group:
         where: Where,
         label_rate: float,
         counted: Collection[str],
+        remembered: Remembered | None,
     ) -> tuple[Batch, dict[str, TrainStepOutput]]:
         """Splice in the SAEs in `names`, at the trained tokens. Those `counted` already leave their state as it is."""
         outputs: dict[str, TrainStepOutput] = {}
@@ -262,6 +268,7 @@ class Group:
                 self._fraction,
                 label_rate,
                 self.course.means,
+                remembered,
             ),
             outputs,
         )

@@ -66,7 +66,9 @@ class StepOutput(TrainStepOutput):
 def count_firing(feature_acts: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, "d_sae"]:
     """On how many tokens each feature fired, (d_sae,); takes the sparse activations of SAELens' TopK too."""
     if not feature_acts.is_sparse:
-        return (feature_acts != 0).sum(0).float()
+        # So few tokens at a time that they can be counted in bytes; as a whole the sum would take eight for each number.
+        few = [(some != 0).view(torch.uint8).sum(0, dtype=torch.uint8) for some in feature_acts.split(128)]
+        return torch.stack(few).sum(0).float()
     feature_acts = feature_acts.coalesce()
     fired = feature_acts.indices()[1][feature_acts.values() != 0]
     return torch.bincount(fired, minlength=feature_acts.shape[1]).float()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_lens_e2e.splice import SplicedModel
+from sae_lens_e2e.splice import Clean, Remembered, SplicedModel, Where
 from sae_lens_e2e.training.clock import Clock
 from sae_lens_e2e.training.plan import StepPlan
 
@@ -62,7 +62,7 @@ def backward(
     live = list(groups)
     for group in groups:
         group.begin_step()
-    final = any(group.objective.compares_logits for group in groups)
+    n_compared = sum(len(group.course.passes) for group in groups if group.objective.compares_logits)
     sites = {site for group in groups for site in group.sites.values()}
     hooks = list(dict.fromkeys(hook for group in groups for hook in group.objective.hooks))
     size, shared_clock = plan.prompts_per_forward, Clock(model.device)
@@ -70,13 +70,21 @@ def backward(
         if micro.n == 0:
             continue
         with shared_clock, plan.lm_autocast(model.device):
-            clean = model.clean(tokens, sites, hooks, final)
+            clean = model.clean(tokens, sites, hooks, final=n_compared > 0)
+        remembered = _remembered(model, clean, micro) if n_compared > 1 else None
         for group in list(live):
             with _guarded(group, live, on_failure):
-                group.forward_backward(clean, micro, micro.n / where.n, where.n_labels / where.n)
+                group.forward_backward(clean, micro, micro.n / where.n, where.n_labels / where.n, remembered)
     for group in live:
         group.clock.add(shared_clock)
     return live
+
+
+def _remembered(model: SplicedModel, clean: Clean, where: Where) -> Remembered | None:
+    """What several passes compare their next-token distributions with, unless it is too much to hold."""
+    if clean.final is None or not Remembered.fits(where.n, model.unembedding.d_vocab):
+        return None
+    return Remembered(where.take(clean.final))
 
 
 @contextmanager

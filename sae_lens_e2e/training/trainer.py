@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
+from sae_lens_e2e.architectures.sparse_products import ZERO_WHERE_OFF, SparseProducts
 from sae_lens_e2e.architectures.transcoder import TranscoderStepInput
 from sae_lens_e2e.output import replaced_whole
 from sae_lens_e2e.training.clock import Clock
@@ -130,7 +131,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             "n_training_steps": self.n_training_steps,
             "is_logging_step": self._is_logging_step(),
         }
-        with self._autocast:
+        with self._autocast, SparseProducts(zero_where_off=self.sae.cfg.architecture() in ZERO_WHERE_OFF):
             output = self.sae.training_forward_pass(
                 TrainStepInput(**step_input)
                 if target is None
@@ -139,6 +140,8 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if not self._losses_checked:
             _check_losses(self.sae, output)
             self._losses_checked = True
+        # As wide as the features, and nobody's business from here on: what autograd needs of it, it keeps itself.
+        output.hidden_pre = output.hidden_pre.new_empty(0)
         return output, self.activation_scaler.unscale(output.sae_out)
 
     def _as_trained_on(self, activation: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:

@@ -1,0 +1,141 @@
+"""The products of an SAE as sums over its active features, where these are few.
+
+Of 46,080 features some 70 fire on a token. Decoding and the whole backward pass need these alone; as dense products they are four fifths of an
+SAE's work. SAELens' own classes are left as they are: while one runs its training pass, the matrix products in it are taken over.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+MAX_DENSITY = 0.05
+"""A product over active features pays where no more than this part of them fires: a multiplication costs it some ten times as much."""
+MIN_WIDTH = 48
+"""And where a token has at least so many numbers beside its features: looking for those that fire takes as long as that many products."""
+MIN_FEATURES = 2048
+ROWS_AT_ONCE = 32
+
+ZERO_WHERE_OFF = frozenset(
+    {
+        *("standard", "apollo", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "gated"),
+        *("transcoder", "skip_transcoder", "batchtopk_transcoder", "batchtopk_skip_transcoder"),
+    }
+)
+"""Training architectures that pass no gradient on to a feature that is off. JumpReLU's thresholds get one from features just below them."""
+
+_MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+
+
+with warnings.catch_warnings():
+    # That CSR is in beta is said once a process, to nobody's use.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.zeros(1, 1).to_sparse_csr()
+
+
+class SparseProducts(TorchFunctionMode):
+    """While it is entered, matrix products with features on one side go over those that are not zero, if they are few.
+
+    Exact but for the order of sums, whatever the architecture: what is few is counted each time. On a CPU, in float32 or float64; anything
+    else is left to PyTorch, and so is an SAE that is too small to gain. `zero_where_off` says that nothing asks for the gradient of a feature
+    that is off (see `ZERO_WHERE_OFF`), so that it need not be formed.
+    """
+
+    def __init__(self, zero_where_off: bool):
+        super().__init__()
+        self.zero_where_off = zero_where_off
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MATMULS and not kwargs and _pays(*args):
+            return _Product.apply(*args, self.zero_where_off)
+        return func(*args, **(kwargs or {}))
+
+
+def _pays(left: Tensor, right: Tensor) -> bool:
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.ndim == right.ndim == 2):
+        return False
+    return (
+        left.device.type == right.device.type == "cpu"
+        and left.layout == right.layout == torch.strided
+        and left.dtype == right.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and max(left.shape[1], right.shape[1]) >= MIN_FEATURES
+        and min(left.shape[1], right.shape[1]) >= MIN_WIDTH
+    )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, left: Float[Tensor, "m k"], right: Float[Tensor, "k n"], zero_where_off: bool
+    ) -> Float[Tensor, "m n"]:
+        # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
+        features = _if_sparse(left) if left.shape[1] > right.shape[1] else None
+        ctx.features, ctx.zero_where_off = features, zero_where_off
+        ctx.save_for_backward(left if features is None else None, right)
+        return left @ right if features is None else _times(features, right)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (left, right) = grads, ctx.saved_tensors
+        wants_left, wants_right, _ = ctx.needs_input_grad
+        if ctx.features is not None:
+            of_left = _of_features(grad, right, ctx.features, ctx.zero_where_off) if wants_left else None
+            return of_left, _times(_transposed(ctx.features), grad) if wants_right else None, None
+        features = _if_sparse(grad) if grad.shape[1] > left.shape[1] else None
+        if features is None:
+            return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None
+        of_right = _times(_transposed(features), left).T if wants_right else None
+        return _times(features, right.T) if wants_left else None, of_right, None
+
+
+def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """A CSR matrix times a dense one. `features @ x` would fill its result with zeros first, and copy it."""
+    out = x.new_empty(features.shape[0], x.shape[1])
+    return torch.addmm(out, features, x, beta=0, out=out)
+
+
+def _of_features(
+    grad: Float[Tensor, "m n"], right: Float[Tensor, "k n"], features: Tensor, zero_where_off: bool
+) -> Float[Tensor, "m k"]:
+    """The gradient of decoded features, formed for those that are on if nobody asks for the others'."""
+    if not zero_where_off:
+        return grad @ right.T
+    return torch.sparse.sampled_addmm(features, grad, right.T, beta=0.0).to_dense()
+
+
+def _if_sparse(x: Float[Tensor, "m k"]) -> Tensor | None:
+    """A matrix as CSR, if few of its entries are other than zero."""
+    x = x.detach().contiguous()
+    width, most, found = x.shape[1], MAX_DENSITY * x.numel(), []
+    # By numpy, which compares and finds several times as fast as PyTorch does, and in pieces that a cache holds.
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        found.append(start * width + np.flatnonzero(x[start : start + ROWS_AT_ONCE].numpy() != 0))
+        most -= len(found[-1])
+        if most < 0:
+            return None
+    at = torch.from_numpy(np.concatenate(found)) if found else torch.zeros(0, dtype=torch.long)
+    rows, columns = at.div(width, rounding_mode="floor"), at % width
+    return _csr(rows, columns, x.view(-1)[at], (len(x), width))
+
+
+def _transposed(features: Tensor) -> Tensor:
+    """A CSR matrix's transpose as CSR, its rows filled in their order."""
+    columns, shape = features.col_indices(), (features.shape[1], features.shape[0])
+    rows = torch.repeat_interleave(torch.arange(features.shape[0]), features.crow_indices().diff())
+    order = columns.argsort(stable=True)
+    return _csr(columns[order], rows[order], features.values()[order], shape)
+
+
+def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A CSR matrix, its entries sorted by row."""
+    starts = torch.zeros(shape[0] + 1, dtype=torch.long)
+    torch.cumsum(torch.bincount(rows, minlength=shape[0]), 0, out=starts[1:])
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

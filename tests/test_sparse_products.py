@@ -1,0 +1,159 @@
+"""Products over active features against dense ones: every training architecture, and what falls back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from torch import Tensor
+
+import sae_lens_e2e  # noqa: F401 (registers the architectures that are ours)
+from sae_lens_e2e.architectures import sparse_products
+from sae_lens_e2e.architectures.sparse_products import ZERO_WHERE_OFF, SparseProducts
+from sae_lens_e2e.architectures.transcoder import TranscoderStepInput
+
+D_IN, D_SAE, N_TOKENS = 24, 512, 40
+SETTINGS: dict[str, dict[str, Any]] = {
+    "standard": {"l1_coefficient": 0.3},
+    "gated": {"l1_coefficient": 0.3},
+    "topk": {"k": 8},
+    "batchtopk": {"k": 8},
+    "matryoshka_batchtopk": {"k": 8, "matryoshka_widths": [32, 128]},
+    # Thresholds and the band below them in which they get a gradient are wide enough for both to be there.
+    "jumprelu": {"jumprelu_init_threshold": 2.0, "jumprelu_bandwidth": 0.5, "l0_coefficient": 0.1},
+    "abstopk": {"k": 8},
+    "apollo": {"sparsity_coefficient": 0.3},
+    "transcoder": {"l1_coefficient": 0.3, "d_out": D_IN},
+    "skip_transcoder": {"l1_coefficient": 0.3, "d_out": D_IN},
+    "batchtopk_transcoder": {"k": 8, "d_out": D_IN},
+    "jumprelu_transcoder": {"d_out": D_IN, "jumprelu_init_threshold": 2.0, "jumprelu_bandwidth": 0.5},
+}
+FEW = ("standard", "gated", "apollo", "transcoder", "skip_transcoder")
+"""Those that need a bias for few of their features to fire."""
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_products, "MIN_FEATURES", 100)
+    monkeypatch.setattr(sparse_products, "MIN_WIDTH", 8)
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether each product that was looked at had few features."""
+    found: list[bool] = []
+    inner = sparse_products._if_sparse
+
+    def counted(x: Tensor) -> Tensor | None:
+        features = inner(x)
+        found.append(features is not None)
+        return features
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_products, "_if_sparse", counted)
+        yield found
+
+
+def make_sae(architecture: str, dtype: str = "float64") -> TrainingSAE[Any]:
+    torch.manual_seed(0)
+    training_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    sae = training_class(config_class(d_in=D_IN, d_sae=D_SAE, dtype=dtype, **SETTINGS[architecture]))
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if name.startswith("W_"):
+                parameter.copy_(torch.randn_like(parameter) / D_IN**0.5)
+            elif name in ("b_enc", "b_gate") and architecture in FEW:
+                parameter.fill_(-2.3)
+    return sae.train()
+
+
+def of_pass(sae: TrainingSAE[Any], sparse: bool, x: Tensor) -> dict[str, Tensor]:
+    """Losses, output, and the gradients of all, the input's among them."""
+    x = x.clone().requires_grad_()
+    given: dict[str, Any] = {
+        "sae_in": x,
+        "dead_neuron_mask": torch.arange(D_SAE) % 3 == 0,
+        "coefficients": dict.fromkeys(sae.get_coefficients(), 1.0),
+        "n_training_steps": 3,
+        "is_logging_step": False,
+    }
+    step_input = TranscoderStepInput(**given, target=x.detach().flip(0)) if hasattr(sae.cfg, "d_out") else None
+    if sparse:
+        with SparseProducts(zero_where_off=sae.cfg.architecture() in ZERO_WHERE_OFF):
+            output = sae.training_forward_pass(step_input or TrainStepInput(**given))
+    else:
+        output = sae.training_forward_pass(step_input or TrainStepInput(**given))
+    # Something of the output too, as the language model behind it gives it a gradient.
+    (output.loss + (output.sae_out**3).mean()).backward()
+    gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
+    return {"loss": output.loss, "output": output.sae_out, "x": x.grad, **gradients}  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("architecture", SETTINGS)
+def test_losses_and_gradients_are_the_dense_ones(
+    architecture: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(N_TOKENS, D_IN, generator=torch.Generator().manual_seed(1), dtype=getattr(torch, dtype))
+    dense = of_pass(make_sae(architecture, dtype), False, x)
+    with counting(monkeypatch) as looked:
+        found = of_pass(make_sae(architecture, dtype), True, x)
+    assert looked.count(True) >= 2, "nothing was sparse"
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    for name, expected in dense.items():
+        assert expected is not None, name
+        assert found[name].layout == torch.strided
+        torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_transcoder"])
+def test_a_threshold_gets_its_gradient_from_features_that_are_off(architecture: str) -> None:
+    """Formed for those that are on only, it would be another: so these are no architectures in `ZERO_WHERE_OFF`."""
+    assert architecture not in ZERO_WHERE_OFF
+    x = torch.randn(N_TOKENS, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sae = make_sae(architecture)
+    (threshold,) = (name for name, _ in sae.named_parameters() if "threshold" in name)
+    expected = of_pass(make_sae(architecture), False, x)[threshold]
+    sae.cfg.architecture = lambda: "standard"
+    assert not torch.allclose(of_pass(sae, True, x)[threshold], expected)
+
+
+def test_where_many_fire_the_products_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(N_TOKENS, D_IN, dtype=torch.float64)
+    sae, same = make_sae("standard"), make_sae("standard")
+    for one in (sae, same):
+        torch.nn.init.zeros_(one.b_enc)
+    with counting(monkeypatch) as looked:
+        found = of_pass(sae, True, x)
+    assert looked
+    assert not any(looked)
+    for name, expected in of_pass(same, False, x).items():
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_precisions_are_left_to_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = torch.randn(4, 200).to(dtype), torch.randn(200, 16).to(dtype)
+    with counting(monkeypatch) as looked, SparseProducts(True):
+        assert torch.equal(left @ right, torch.mm(left, right))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (left.float() @ right.float()).dtype == torch.bfloat16
+    assert not looked
+
+
+def test_no_feature_at_all_and_no_token() -> None:
+    right = torch.randn(200, 16, requires_grad=True)
+    for left in (torch.zeros(5, 200), torch.zeros(0, 200)):
+        left.requires_grad_()
+        right.grad = None
+        with SparseProducts(True):
+            out = left @ right
+        out.sum().backward()
+        assert torch.equal(out, torch.zeros(len(left), 16))
+        assert right.grad is not None
+        assert not bool(right.grad.any())
+        assert left.grad is not None
+        assert left.grad.shape == left.shape
