@@ -43,7 +43,7 @@ def test_the_first_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:
     loaded = "import sys; sys.modules['sae_lens_e2e'] = None; from sae_lens import SAE; print(SAE.load_from_disk('my_sae').cfg.d_sae)"
     done = run_stock(loaded, cwd=tmp_path)
     assert done.stdout.split()[-1:] == ["1024"], done.stderr
-    assert json.loads((tmp_path / "my_sae" / "cfg.json").read_text())["metadata"]["objective"]["name"] == "e2e_ds"
+    assert json.loads((tmp_path / "my_sae" / "cfg.json").read_text())["metadata"]["objective"]["name"] == "warm_e2e_ds"
 
 
 def test_the_second_snippet_trains_several_and_saves_each(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_second_snippet_trains_several_and_saves_each(tmp_path: Path) -> Non
 def test_the_plugin_snippet_trains(tmp_path: Path) -> None:
     (tmp_path / "rare.py").write_text(SNIPPETS[2])
     register = "import rare; from sae_lens_e2e.objectives.plugins import plugin_manager; plugin_manager().register(rare, name='rare')\n"
-    code = shortened(SNIPPETS[0]).replace('objective="e2e_ds"', 'objective="rare_kl"')
+    code = shortened(SNIPPETS[0]).replace('objective="warm_e2e_ds"', 'objective="rare_kl"')
     run(register + code + "\nprint(cfg.objective)", tmp_path)
 
 
