@@ -68,7 +68,6 @@ def refused(says: list[str], **overrides: Any) -> str:
         ),
         ({"prefetch_llm_batches": True}, ["prefetch_llm_batches=True", "set it to False"]),
         ({"prefetch_llm_batches": 3}, ["prefetch_llm_batches=3", "set it to False"]),
-        ({"compile_llm": True}, ["compile_llm=True", "set it to False"]),
         ({"activations_mixing_fraction": 0.2}, ["activations_mixing_fraction=0.2", "leave it out"]),
         ({"n_batches_in_buffer": 8}, ["n_batches_in_buffer=8", "leave it out", "shuffle the dataset"]),
         (
@@ -107,6 +106,7 @@ def test_sae_lens_defaults_are_accepted() -> None:
         "objective",
         "max_grad_norm",
         "hook_name_out",
+        "checkpoint_activations",
         "checkpoint_path",
     }  # a checkpoint path ends in a random name
 

@@ -67,6 +67,13 @@ def hugging_face_folder(folder: Path) -> tuple[Path, GPT2LMHeadModel]:
     return folder_with_tokenizer(folder), model
 
 
+@pytest.mark.parametrize("model_class", ["AutoModelForCausalLM", "TransformerBridge"])
+def test_a_hugging_face_folder_in_half_precision(model_class: str, tmp_path: Path) -> None:
+    hugging_face_folder(tmp_path)
+    loaded = load_model(str(tmp_path), model_class_name=model_class, model_from_pretrained_kwargs={"dtype": "bfloat16"})
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("inside", ["", "huggingface"])
 @pytest.mark.parametrize(
     ("model_class", "had"),

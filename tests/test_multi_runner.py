@@ -266,7 +266,7 @@ def test_two_heads_of_one_hook() -> None:
         ({"saes": {"a/b": standard()}, "hook_names": EARLY}, "'a/b' is to be a folder's"),
         ({"saes": {}}, "saes must contain at least one"),
         ({"objective": "e3e"}, "objective='e3e' is not installed"),
-        ({"compile_llm": True}, "compile_llm=True"),
+        ({"compile_llm": True, "llm_compilation_mode": "fast"}, "llm_compilation_mode='fast' must be one of"),
         ({"prefetch_llm_batches": 2}, "prefetch_llm_batches=2"),
         ({"train_batch_size_tokens": 50}, "set it to 48 or 72"),
         ({"max_grad_norm": 0}, "max_grad_norm=0 must be positive"),

@@ -6,12 +6,14 @@ from sae_lens_e2e.splice.flops import ModelFlops
 from sae_lens_e2e.splice.frozen import frozen
 from sae_lens_e2e.splice.model import Clean, Replace, Spliced, SplicedModel
 from sae_lens_e2e.splice.positions import NO_LABEL, Positions, Where, excluded
+from sae_lens_e2e.splice.regions import Compilation
 from sae_lens_e2e.splice.site import Site
 from sae_lens_e2e.splice.unembedding import Remembered, Unembedding
 
 __all__ = [
     "NO_LABEL",
     "Clean",
+    "Compilation",
     "ModelFlops",
     "Positions",
     "Remembered",

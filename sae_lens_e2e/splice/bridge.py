@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from sae_lens.util import str_to_dtype
 from torch import nn
 
 try:
@@ -34,10 +35,14 @@ def check_has_bridge() -> None:
 def load_bridge(model_name: str, device: str | torch.device | None, kwargs: Mapping[str, Any] | None = None) -> Any:
     """The bridge to a model of the Hub, or to a `hf_model=` and `tokenizer=` in `kwargs`, unprocessed.
 
-    `kwargs` are `boot_transformers`' own. Raises ValueError if this TransformerLens has no bridge.
+    `kwargs` are `boot_transformers`' own, `dtype` by its name if that is given. Raises ValueError if this TransformerLens has no
+    bridge, or for a dtype that there is not.
     """
     check_has_bridge()
-    return TransformerBridge.boot_transformers(model_name, device=device, **dict(kwargs or {}))
+    given = dict(kwargs or {})
+    if isinstance(given.get("dtype"), str):
+        given["dtype"] = str_to_dtype(given["dtype"])
+    return TransformerBridge.boot_transformers(model_name, device=device, **given)
 
 
 def hooked_transformer_hook(model: nn.Module, hook_name: str) -> str | None:

@@ -19,8 +19,9 @@ from sae_lens_e2e.splice.find_unembedding import find_unembedding, logits_of
 from sae_lens_e2e.splice.frozen import frozen
 from sae_lens_e2e.splice.hooks import Watch, first_output, unknown_hook, watching
 from sae_lens_e2e.splice.positions import Where
+from sae_lens_e2e.splice.regions import Compilation, checkpointed, compiled, unwatched
 from sae_lens_e2e.splice.site import Site
-from sae_lens_e2e.splice.stand_in import standing_in
+from sae_lens_e2e.splice.stand_in import running_as, standing_in
 
 Replace = Callable[[Float[Tensor, "n d_in"]], Mapping[str, Float[Tensor, "n d_out"]]]
 """What a sparse module does: from what it reads to what it puts, at the tokens that count, at each hook it writes."""
@@ -65,9 +66,12 @@ class SplicedModel:
         self._blocks: Sequence[nn.Module] = tuple(anatomy.blocks)
         self._in_tuple = False
         self._places: dict[str, int] = {}
+        self._left_by: dict[nn.Module, nn.Module] = {}
+        self._compiled: Mapping[nn.Module, Callable[..., Any]] = {}
         with frozen(model):
             self._unembed, self.unembedding = find_unembedding(anatomy)
             self._blocks = self._blocks if self._blocks_can_stand_in() else ()
+            self._left_by = self._outputs_at_inputs()
         self._warn_if_run_whole()
 
     @property
@@ -90,10 +94,18 @@ class SplicedModel:
         return self._anatomy.probe_tokens(n_pos)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The model as training and evaluation want it: frozen, attention and GELU fused where they can be; put back on exit."""
+    def running(self, compilation: Compilation | None = None) -> Iterator[None]:
+        """The model as training and evaluation want it: frozen, attention and GELU fused where they can be; put back on exit.
+
+        With a `compilation` passes run the blocks compiled that they do not look into. Others' calls of the model do not.
+        """
+        before = self._compiled
         with frozen(self.model), fused_attention(self.model), fused_gelu(self.model):
-            yield
+            self._compiled = before if compilation is None else compiled(self._blocks, compilation)
+            try:
+                yield
+            finally:
+                self._compiled = before
 
     def later_blocks(self, hook_name: str) -> list[str]:
         """The hooks at the input of each later block, in order; not the one that is the hook's own activation."""
@@ -128,6 +140,11 @@ class SplicedModel:
         entered = self._anatomy.enters[place]
         return place if entered is not None and self.hooks[entered] is module else place + 1
 
+    def blocks_without(self, hooks: Collection[str]) -> list[int]:
+        """The numbers of the blocks that have none of these hooks inside; what leaves one and enters the next is in neither."""
+        blocks = unwatched(self._blocks, [self._watched(hook) for hook in hooks])
+        return [self._blocks.index(block) for block in blocks]
+
     def check_hook(self, hook_name: str, field: str = "hook_name") -> None:
         """Raise ValueError, with the hooks that look like it, for one the model does not have."""
         if hook_name not in self.hooks:
@@ -158,8 +175,8 @@ class SplicedModel:
         entering: dict[int, Tensor] = {}
         wanted = dict.fromkeys([*(hook for site in sites for hook in (site.read, *site.writes)), *hooks])
         starts = {self.start([site]) for site in sites} - {0}
-        watches: list[tuple[nn.Module, Watch]] = [(self.hooks[hook], _keep(at, hook)) for hook in wanted]
-        with torch.no_grad():
+        watches: list[tuple[nn.Module, Watch]] = [(self._watched(hook), _keep(at, hook)) for hook in wanted]
+        with torch.no_grad(), self._in_one_piece(self._blocks, watches):
             leaving = {self._blocks[i - 1]: _keep(entering, i) for i in starts}
             found = self._run(tokens, watches, leaving, stop=not final)
         self._check_called(at, wanted)
@@ -173,13 +190,15 @@ class SplicedModel:
         hooks: Collection[str] = (),
         final: bool = True,
         reading: Where | None = None,
+        checkpoint: bool = False,
     ) -> Spliced:
         """Run on from the earliest write, each module's output in its place at the tokens that count.
 
         A module is run once, on what the modules before it have left of the stream; modules at one and the same hook in the
         order given (see `in_order`). Outputs of several modules at one hook, none of which reads there, add up. The model's
         own activation stays at all other tokens. Modules are given those tokens only, or, for modules that look back, all that are
-        in `reading`; what they return is of the tokens that count either way.
+        in `reading`; what they return is of the tokens that count either way. To `checkpoint` is to keep, for the backward pass,
+        only what enters the blocks that have no hook of this pass inside, and to run them again there.
         """
         sites, reading = list(replace), reading or where
         start = self.start(sites)
@@ -190,16 +209,21 @@ class SplicedModel:
                 # Nothing before the earliest write has changed.
                 _read(clean.at[site.read], site, replace[site], reading, outputs)
             elif site.is_sae:
-                watches.append((self.hooks[site.read], partial(_read_and_write, site, replace[site], reading, where)))
+                watches.append(
+                    (self._watched(site.read), partial(_read_and_write, site, replace[site], reading, where))
+                )
             else:
                 read = partial(_read, site=site, function=replace[site], reading=reading, outputs=outputs)
-                watches.append((self.hooks[site.read], read))
+                watches.append((self._watched(site.read), read))
         for hook in dict.fromkeys(hook for site in sites if not site.is_sae for hook in site.writes):
             writers = [site for site in sites if hook in site.writes and not site.is_sae]
-            watches.append((self.hooks[hook], partial(_write_sum, hook, writers, where, outputs)))
+            watches.append((self._watched(hook), partial(_write_sum, hook, writers, where, outputs)))
         at: dict[str, Tensor] = {}
-        watches += [(self.hooks[hook], _keep(at, hook)) for hook in hooks]
-        with standing_in(self._blocks[:start], clean.entering.get(start), self._in_tuple):
+        watches += [(self._watched(hook), _keep(at, hook)) for hook in hooks]
+        with (
+            standing_in(self._blocks[:start], clean.entering.get(start), self._in_tuple),
+            self._in_one_piece(self._blocks[start:], watches, checkpoint),
+        ):
             found = self._run(clean.tokens, watches, stop=not final)
         return Spliced(at, found if final else None)
 
@@ -242,6 +266,21 @@ class SplicedModel:
                 return logits_of(self._root(tokens, **self._kwargs))
             except _Done:
                 return final[0] if final else None
+
+    @contextmanager
+    def _in_one_piece(
+        self, blocks: Sequence[nn.Module], watches: Sequence[tuple[nn.Module, Watch]], checkpoint: bool = False
+    ) -> Iterator[None]:
+        """Run the blocks that no watch looks into compiled, if the model is, and checkpointed, if they are to be."""
+        free = unwatched(blocks, [module for module, _ in watches])
+        of_free = {block: self._compiled[block] for block in free if block in self._compiled}
+        with running_as(of_free), checkpointed(free if checkpoint else ()):
+            yield
+
+    def _watched(self, hook_name: str) -> nn.Module:
+        """The module at which a hook is watched: for what enters a block, the block before, which it leaves."""
+        module = self.hooks[hook_name]
+        return self._left_by.get(module, module)
 
     def start(self, sites: Collection[Site]) -> int:
         """The block to resume at: that of the earliest write. 0 if the model is run whole."""
@@ -308,6 +347,18 @@ class SplicedModel:
             if final is None or again is None or not torch.equal(final, again):
                 return False
         return bool(self._blocks)
+
+    @torch.no_grad()
+    def _outputs_at_inputs(self) -> dict[nn.Module, nn.Module]:
+        """For each hook that is inside a block and sees what enters it, the block before, where the two see the same."""
+        pairs = zip(self._blocks, self._anatomy.enters[1:], strict=False)
+        blocks = {self.hooks[hook]: block for block, hook in pairs if hook is not None}
+        if not blocks:
+            return {}
+        seen: dict[nn.Module, Tensor] = {}
+        modules = dict.fromkeys([*blocks, *blocks.values()])
+        self._run(self.probe_tokens(8), [(module, _keep(seen, module)) for module in modules])
+        return {m: block for m, block in blocks.items() if m in seen and torch.equal(seen[m], seen[block])}
 
     def _warn_if_run_whole(self) -> None:
         kind = type(self._root).__name__

@@ -45,7 +45,7 @@ from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
 from sae_lens_e2e.training.prompts import PromptBatches, interrupting
 from sae_lens_e2e.training.runner import E2ETrainingRunner
-from sae_lens_e2e.training.setup import step_plan
+from sae_lens_e2e.training.setup import compilation, step_plan
 from sae_lens_e2e.training.statistics import ESTIMATED
 from sae_lens_e2e.training.step import OnFailure, reraise
 from sae_lens_e2e.training.wandb_run import WandbRun
@@ -63,6 +63,7 @@ _SHARED = (
     *("dataset_path", "dataset_trust_remote_code", "streaming", "context_size", "prepend_bos"),
     *("disable_concat_sequences", "sequence_separator_token", "use_chat_formatting", "exclude_special_tokens"),
     *("seqpos_slice", "store_batch_size_prompts", "train_batch_size_tokens", "max_grad_norm", "autocast_lm"),
+    *("compile_llm", "llm_compilation_mode", "checkpoint_activations"),
     *("device", "llm_device", "act_store_device", "dtype", "n_batches_for_norm_estimate"),
 )
 
@@ -234,7 +235,7 @@ def _train_group(
         if names:
             resume(leader, list(names), stop_group)
         if living():
-            with splice.running(), interrupting(batches):
+            with splice.running(compilation(leader.cfg)), interrupting(batches):
                 fit(splice, living(), batches, step_plan(leader), save, stop_group)
     except InterruptedException:
         raise

@@ -19,7 +19,7 @@ from sae_lens_e2e.splice import Site
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import check_has_bridge
 from sae_lens_e2e.training.field_types import check_types
-from sae_lens_e2e.training.stages import AnyObjective, Stage, Stages
+from sae_lens_e2e.training.stages import AnyObjective, Stage, Stages, stages_of
 from sae_lens_e2e.training.statistics import ESTIMATED
 
 MODEL_CLASSES = ("HookedTransformer", BRIDGE, "AutoModelForCausalLM")
@@ -27,6 +27,8 @@ MODEL_CLASSES = ("HookedTransformer", BRIDGE, "AutoModelForCausalLM")
 # Order of the hooks in a TransformerLens block; those between the first and the last are not told apart by name.
 _FIRST_IN_BLOCK, _LAST_IN_BLOCK = "hook_resid_pre", "hook_resid_post"
 
+COMPILATION_MODES = (None, "default", "max-autotune-no-cudagraphs")
+SAE_DTYPES = ("float32", "bfloat16", "float64")
 SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
@@ -130,10 +132,6 @@ def check_meaning(cfg: Any, objective: AnyObjective, saes: Mapping[str, Training
             f"prefetch_llm_batches={cfg.prefetch_llm_batches!r}: the language model runs within the training step, not "
             "ahead of it; set it to False"
         )
-    if cfg.compile_llm:
-        raise ValueError(
-            "compile_llm=True: the language model is run in two parts that SAELens cannot compile; set it to False"
-        )
     if cfg.activations_mixing_fraction != _default("activations_mixing_fraction"):
         raise ValueError(
             f"activations_mixing_fraction={cfg.activations_mixing_fraction!r}: tokens are trained on in order and never "
@@ -145,10 +143,35 @@ def check_meaning(cfg: Any, objective: AnyObjective, saes: Mapping[str, Training
             f"n_batches_in_buffer={cfg.n_batches_in_buffer!r}: there is no activation buffer; leave it out, and shuffle "
             "the dataset instead"
         )
+    if _dtype_name(cfg) not in {"float32", *map(_dtype_name, saes.values())}:
+        raise ValueError(
+            f"dtype={cfg.dtype!r}: activations are not stored, and an SAE's numbers are its own dtype; leave it out (the language model's "
+            "are model_from_pretrained_kwargs={'dtype': ...}, or autocast_lm)"
+        )
     if cfg.model_class_name not in MODEL_CLASSES:
         raise ValueError(f"model_class_name={cfg.model_class_name!r} must be one of {', '.join(MODEL_CLASSES)}")
     if cfg.model_class_name == BRIDGE:
         check_has_bridge()
+    if cfg.compile_llm:
+        _check_compilation(cfg)
+    passes = stages_of(objective).objectives
+    if cfg.checkpoint_activations and not any(one.compares_logits or one.hooks for one in passes):
+        raise ValueError(
+            f"checkpoint_activations=True: objective {objective.name!r} runs nothing after the SAE; set it to False"
+        )
+
+
+def _check_compilation(cfg: Any) -> None:
+    if cfg.model_class_name == BRIDGE:
+        raise ValueError(
+            f"compile_llm=True: torch.compile cannot trace the blocks of a {BRIDGE}; set it to False, or take model_class_name="
+            "'AutoModelForCausalLM'"
+        )
+    if cfg.llm_compilation_mode not in COMPILATION_MODES:
+        raise ValueError(
+            f"llm_compilation_mode={cfg.llm_compilation_mode!r} must be one of {', '.join(map(str, COMPILATION_MODES))}; modes with "
+            "CUDA graphs would write over the activations of the clean pass"
+        )
 
 
 def check_values(cfg: Any, saes: Mapping[str, TrainingSAEConfig]) -> None:
@@ -162,7 +185,27 @@ def check_values(cfg: Any, saes: Mapping[str, TrainingSAEConfig]) -> None:
         _check_ranges(sae, of)
         if (k := getattr(sae, "k", None)) is not None and k > sae.d_sae:
             raise ValueError(f"{of}k={k!r} is more than the SAE has features, d_sae={sae.d_sae}; lower it")
+        _check_dtype(sae, of, cfg.autocast)
     _check_scheduler(cfg.lr_scheduler_name)
+
+
+def _check_dtype(sae: TrainingSAEConfig, of: str, autocast: bool) -> None:
+    """Raise ValueError for numbers in which an SAE cannot be trained; the language model's are another matter."""
+    of = of or "sae."
+    dtype, advice = _dtype_name(sae), "set it to 'float32', whatever the language model has"
+    if dtype not in SAE_DTYPES:
+        raise ValueError(
+            f"{of}dtype={sae.dtype!r} must be one of {', '.join(SAE_DTYPES)} (in float16 Adam's second moments vanish); {advice}"
+        )
+    if dtype == "bfloat16" and sae.architecture() == "gated" and not autocast:
+        raise ValueError(
+            f"{of}dtype={sae.dtype!r}: the auxiliary loss of 'gated' multiplies float32 activations by its weights; {advice}, or set "
+            "autocast=True"
+        )
+
+
+def _dtype_name(config: Any) -> str:
+    return str(config.dtype).removeprefix("torch.")
 
 
 def _check_scheduler(name: str, of: str = "") -> None:

@@ -38,11 +38,13 @@ class E2ERunnerConfig(OfWholePrompts, LanguageModelSAERunnerConfig[T_TRAINING_SA
         objective (str | Objective): What the SAE's output is compared with: 'local', 'e2e', 'e2e_ds', the name of an installed plugin's, or an Objective with settings of its own; several, one after the other, as a list of `Stage`; 'warm_e2e_ds' and the like are local first.
         max_grad_norm (float): The norm to which each step's gradient is clipped. SAELens has 1.0 built in; the paper used 10 on GPT2-small.
         hook_name_out (str | None): The hook that a transcoder writes, whose clean activation it stands for; None for an SAE, which writes what it reads.
+        checkpoint_activations (bool): Whether blocks after the SAE with no hook inside keep only what enters them, and run again in the backward pass: less memory, more time, the same gradients.
     """
 
     objective: str | Objective | Stages | Sequence[Stage] = "e2e_ds"
     max_grad_norm: float = 1.0
     hook_name_out: str | None = None
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         self.objective = objective_of(self.objective)

@@ -254,7 +254,14 @@ class Group:
                 function(site.take(where.take(clean.at[site.read])))
             return Batch(clean.tokens, where, parts, fraction=self._fraction, means=self.course.means), outputs
         with self.plan.lm_autocast(clean.tokens.device):
-            spliced = self.model.spliced(clean, where, replace, objective.hooks, objective.compares_logits)
+            spliced = self.model.spliced(
+                clean,
+                where,
+                replace,
+                objective.hooks,
+                objective.compares_logits,
+                checkpoint=self.plan.checkpoint_activations,
+            )
         return (
             Batch(
                 clean.tokens,

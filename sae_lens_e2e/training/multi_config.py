@@ -44,6 +44,7 @@ class E2EMultiRunnerConfig(OfWholePrompts, MultiSAETrainingRunnerConfig):
     """The norm to which each step's gradient is clipped, over all SAEs together."""
     hook_names_out: Mapping[str, str] | str | None = None
     """The hook that each transcoder writes, or the one that all do; an SAE, which writes what it reads, has none."""
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         self.objective = objective_of(self.objective)

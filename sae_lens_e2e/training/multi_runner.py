@@ -58,7 +58,11 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
         for name in override_saes.keys() & cfg.saes.keys() if override_saes is not None else ():
             setup.check_given_sae(override_saes[name], f"override_saes[{name!r}]", cfg.saes[name])  # pyright: ignore[reportOptionalSubscript]
         model = setup.bridge_of(cfg, override_model)
-        with temporary_seed(cfg.seed), setup.without_override_warning(override_model is None):
+        with (
+            temporary_seed(cfg.seed),
+            setup.without_override_warning(override_model is None),
+            setup.without_sae_lens_compilation(cfg),
+        ):
             super().__init__(cfg, override_dataset, model, override_saes)
         self.held_out = held_out
         self.splice = splice or SplicedModel(self.model, cfg.model_kwargs)

@@ -15,6 +15,7 @@ class StepPlan:
     positions: Positions = field(default_factory=Positions)
     max_grad_norm: float = 1.0
     autocast_lm: bool = False
+    checkpoint_activations: bool = False
 
     def lm_autocast(self, device: torch.device) -> torch.autocast:
         """The language model's mixed precision, as SAELens' `autocast_lm` has it."""

@@ -58,7 +58,11 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
         if override_sae is not None:
             setup.check_given_sae(override_sae, "override_sae", cfg.sae)
         model = setup.bridge_of(cfg, override_model)
-        with temporary_seed(cfg.seed), setup.without_override_warning(override_model is None):
+        with (
+            temporary_seed(cfg.seed),
+            setup.without_override_warning(override_model is None),
+            setup.without_sae_lens_compilation(cfg),
+        ):
             super().__init__(cfg, override_dataset, model, override_sae)
         if override_sae is None and cfg.from_pretrained_path is not None:
             setup.check_given_sae(self.sae, f"from_pretrained_path={cfg.from_pretrained_path!r}", cfg.sae)

@@ -14,6 +14,7 @@ from sae_lens_e2e.yaml_file import read_json
 MAY_DIFFER = (
     *("output_path", "checkpoint_path", "resume_from_checkpoint", "n_checkpoints", "save_final_checkpoint"),
     *("device", "llm_device", "act_store_device", "logger", "verbose", "prefetch_llm_batches"),
+    "checkpoint_activations",
     *("sae_lens_version", "sae_lens_training_version", "metadata"),
 )
 """What may differ between two runs that train the same; `metadata` is what SAELens records of an SAE as it goes."""

@@ -13,7 +13,7 @@ from sae_lens.util import extract_layer_from_tlens_hook_name
 from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.architectures.transcoder import widths_of
 from sae_lens_e2e.objectives import CrossEntropy
-from sae_lens_e2e.splice import Site, SplicedModel, check_sites, excluded
+from sae_lens_e2e.splice import Compilation, Site, SplicedModel, check_sites, excluded
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, knows_hooked_transformer, load_bridge
 from sae_lens_e2e.splice.positions import Positions
@@ -103,6 +103,30 @@ def check_fits(
     if not store.is_dataset_tokenized and getattr(model.model, "tokenizer", None) is None:
         raise ValueError("the dataset holds text and the model has no tokenizer; tokenise it, or give the model one")
     check_sites(model, sites, {name: widths_of(sae.cfg) for name, sae in saes.items()}, objective.hooks)
+    check_pieces(cfg, model, sites, objective)
+
+
+def check_pieces(cfg: Any, model: SplicedModel, sites: Mapping[str, Site], objective: AnyObjective) -> None:
+    """Raise ValueError if there are blocks to be compiled or checkpointed and no pass of training runs one in one piece."""
+    asked = [name for name in ("compile_llm", "checkpoint_activations") if getattr(cfg, name)]
+    if asked and not model.parts[0]:
+        raise ValueError(f"{asked[0]}=True: the blocks of this model could not be told; set it to False")
+    of_sites = [hook for site in sites.values() for hook in (site.read, *site.writes)]
+    free: set[int] = set()
+    for one in stages_of(objective).objectives:
+        hooks = [*of_sites, *one.hooks]
+        end = len(model.parts[0]) if one.compares_logits else max(map(model.blocks_up_to, hooks))
+        free |= {number for number in model.blocks_without(hooks) if number < end}
+    if not free and cfg.compile_llm:
+        raise ValueError(
+            "compile_llm=True: every block that is run has a hook inside, so none is left to compile; set it to False, or take hooks "
+            "between blocks"
+        )
+    if cfg.checkpoint_activations and not any(number >= model.start(sites.values()) for number in free):
+        raise ValueError(
+            "checkpoint_activations=True: every block that is run after the first SAE has a hook inside, so there is none to checkpoint; set "
+            "it to False, or take hooks between blocks"
+        )
 
 
 def check_given_sae(sae: Any, given_as: str, wanted_cfg: Any) -> None:
@@ -122,7 +146,24 @@ def step_plan(runner: Runner) -> StepPlan:
     """How a run works through the tokens of a step."""
     cfg = runner.cfg
     positions = Positions(tuple(cfg.seqpos_slice), excluded(runner.activations_store.exclude_special_tokens))
-    return StepPlan(cfg.store_batch_size_prompts, positions, cfg.max_grad_norm, cfg.autocast_lm)
+    return StepPlan(
+        cfg.store_batch_size_prompts, positions, cfg.max_grad_norm, cfg.autocast_lm, cfg.checkpoint_activations
+    )
+
+
+def compilation(cfg: Any) -> Compilation | None:
+    """How a run has the language model's blocks compiled, if it does."""
+    return Compilation(cfg.llm_compilation_mode) if cfg.compile_llm else None
+
+
+@contextmanager
+def without_sae_lens_compilation(cfg: Any) -> Iterator[None]:
+    """Keep SAELens from compiling the model's `run_with_cache`, for good, where its blocks are compiled here."""
+    compile_llm, cfg.compile_llm = cfg.compile_llm, False
+    try:
+        yield
+    finally:
+        cfg.compile_llm = compile_llm
 
 
 def evaluator_at(site: Site, evaluator: Any) -> Any:
@@ -174,7 +215,7 @@ def run(runner: Runner, overwrite: bool) -> None:
             logger.info(f"Resuming from checkpoint: {cfg.resume_from_checkpoint}")
             group.load_checkpoint(cfg.resume_from_checkpoint)
             runner.activations_store.load_from_checkpoint(cfg.resume_from_checkpoint)
-        with runner.splice.running():
+        with runner.splice.running(compilation(cfg)):
             _fit_interruptibly(group)
         runner.save_outputs(group)
 
