@@ -44,7 +44,7 @@ CODE = [
     {"attn_implementation": "someone/kernels"},
     {"code_revision": "main"},
     {"custom_generate": "someone/else"},
-    {"quantization_config": {"load_in_8bit": True}},
+    {"quantization_config": {"quant_method": "mxfp4"}},
     {"dtype": {"auto": "float16"}},
     {"subfolder": "../.."},
     {"use_safetensors": False},

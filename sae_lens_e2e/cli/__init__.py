@@ -15,6 +15,7 @@ from sae_lens_e2e.cli.report import report
 from sae_lens_e2e.cli.share import convert, dashboard, upload
 from sae_lens_e2e.cli.train import train
 from sae_lens_e2e.errors import named_line, one_line
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.trainer import NonFiniteLossError
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -30,6 +31,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
+_IN_STEP = ("train", "sweep", "finetune")
+"""Commands in which ranks take part that torchrun has started; the others are rank 0's."""
+
 _SAY_IT_THEMSELVES = (ValueError, TypeError, OSError, ImportError, NonFiniteLossError, argparse.ArgumentError)
 """Errors whose message names what is to be put right; of any other the kind is said too."""
 
@@ -37,7 +41,7 @@ _SAY_IT_THEMSELVES = (ValueError, TypeError, OSError, ImportError, NonFiniteLoss
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after a one-line message for whatever went wrong, or 130 if interrupted.
 
-    With --debug, anywhere on the command line, an error is raised instead.
+    Of several ranks the one that something went wrong on says it, and the others wait until it has. With --debug, anywhere on the command line, an error is raised instead.
     """
     parser = argparse.ArgumentParser(
         prog="sae-lens-e2e",
@@ -53,10 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in parsed.arguments if argument != "--debug"]
     debug = parsed.debug or len(arguments) < len(parsed.arguments)
     try:
-        COMMANDS[parsed.command][0](arguments)
+        ranks.begin()
+        if ranks.is_first() or parsed.command in _IN_STEP:
+            COMMANDS[parsed.command][0](arguments)
     except InterruptedException:
-        print(f"sae-lens-e2e {parsed.command}: interrupted; what was trained is in the checkpoints", file=sys.stderr)
+        if ranks.is_first():
+            print(
+                f"sae-lens-e2e {parsed.command}: interrupted; what was trained is in the checkpoints", file=sys.stderr
+            )
+        ranks.outlive(0)
         return 130
+    except ranks.RankError as error:
+        ranks.outlive(error.rank)
+        return 2
+    except ranks.RankLost as error:
+        if ranks.is_first() or isinstance(error.__cause__, torch.OutOfMemoryError):
+            print(f"sae-lens-e2e {parsed.command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"sae-lens-e2e {parsed.command}: interrupted", file=sys.stderr)
         return 130

@@ -26,6 +26,7 @@ from sae_lens_e2e.loading.saes import is_joint_folder, is_sae_folder, load_sae, 
 from sae_lens_e2e.studies.pareto import headline, sentence
 from sae_lens_e2e.sweep import failures, read_sweep, run_sweep
 from sae_lens_e2e.sweep.folders import FAILURE_FILENAME
+from sae_lens_e2e.training import ranks
 
 
 def sweep(arguments: list[str]) -> None:
@@ -37,9 +38,12 @@ def sweep(arguments: list[str]) -> None:
         "--together", type=int, help="at most so many SAEs in memory at once (default: all that can share)"
     )
     parsed = parser.parse_args(arguments or ["--help"])
-    plan = read_sweep(parsed.config)
+    with ranks.together():
+        plan = read_sweep(parsed.config)
     output = parsed.output or Path("output") / plan.name
     frame = run_sweep(plan, output, together=parsed.together)
+    if not ranks.is_first():
+        return
     print(_as_text(frame) if len(frame) else "no point is finished")
     for _, rows in frame.groupby(["model_name", "hook_name"]) if len(frame) else ():
         if "local" in set(rows["objective"]):

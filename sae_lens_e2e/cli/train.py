@@ -12,10 +12,11 @@ from sae_lens_e2e.cli.train_flags import AS_YAML, flags_of_one_sae, flags_of_sev
 from sae_lens_e2e.loading import HELD_OUT, is_local, load_documents, load_model, model_class_of
 from sae_lens_e2e.loading.saes import is_sae_folder
 from sae_lens_e2e.output import claim_output
-from sae_lens_e2e.training.checks import check_devices
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
+from sae_lens_e2e.training.ready import make_ready
 from sae_lens_e2e.training.runner import E2ETrainingRunner
 from sae_lens_e2e.yaml_file import read_yaml
 
@@ -27,17 +28,24 @@ _BY_NAME = {"hook_name": "hook_names", "hook_name_out": "hook_names_out", "hook_
 
 def train(arguments: list[str]) -> None:
     """Train one SAE, as the flags and an optional config file say, or the several that a file has under `saes`."""
-    cfg, overwrite, held_out = parse_train(arguments or ["--help"])
-    check_devices(cfg)
-    several = isinstance(cfg, E2EMultiRunnerConfig)
-    if cfg.output_path is not None:
-        claim_output(cfg.output_path, overwrite)
-        if several and is_sae_folder(cfg.output_path):
-            raise FileExistsError(f"output {cfg.output_path!r} is the folder of one SAE; choose another for several")
-    if several:
-        E2EMultiTrainingRunner(cfg, **_loaded(cfg, held_out)).run(overwrite)
+    with ranks.together():
+        cfg, overwrite, held_out = parse_train(arguments or ["--help"])
+    make_ready(cfg, held_out)
+    ranks.first(lambda: _claim(cfg, overwrite))
+    with ranks.together():
+        loaded = _loaded(cfg, held_out)
+    if isinstance(cfg, E2EMultiRunnerConfig):
+        E2EMultiTrainingRunner(cfg, **loaded).run(overwrite)
     else:
-        E2ETrainingRunner(cfg, **_loaded(cfg, held_out)).run(overwrite)
+        E2ETrainingRunner(cfg, **loaded).run(overwrite)
+
+
+def _claim(cfg: E2ERunnerConfig[Any] | E2EMultiRunnerConfig, overwrite: bool) -> None:
+    if cfg.output_path is None:
+        return
+    claim_output(cfg.output_path, overwrite)
+    if isinstance(cfg, E2EMultiRunnerConfig) and is_sae_folder(cfg.output_path):
+        raise FileExistsError(f"output {cfg.output_path!r} is the folder of one SAE; choose another for several")
 
 
 def _loaded(cfg: Any, held_out: float) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from sae_lens_e2e.output import claim_output, write_whole, written_whole
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.ready import refuse_ranks
 from sae_lens_e2e.training.stages import AnyObjective
 
 FILENAME = "finetuning.json"
@@ -100,6 +101,7 @@ def finetune(
     Raises ValueError or OSError, in one line, before the model is loaded, for an unknown release, metadata that lack the model or the
     hook, an architecture that cannot be trained, SAEs of different models, and settings that cannot be honoured.
     """
+    refuse_ranks("finetune")
     _check_arguments(sources, output_path, held_out, evaluation_tokens)
     settings["output_path"] = None if output_path is None else str(output_path)
     plan, cfg = make_plan(sources, settings, architecture, thresholds, fold_centring, trust_remote_code)

@@ -14,6 +14,12 @@ _MAY_SAY = (
 # Any other name is that of a repository whose kernels are run.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
+# Its settings load none; those of other ways to quantise may name kernels.
+_OF_BITSANDBYTES = (
+    *("load_in_8bit", "llm_int8_threshold", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    "bnb_4bit_compute_dtype",
+)
+
 
 def model_settings(metadata: Any, name: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """The arguments of `load_model` for the language model that an SAE's metadata name, or for the one called `name`.
@@ -47,4 +53,10 @@ def _loads_no_code(key: str, value: Any) -> bool:
         return value in _ATTENTION
     if key == "trust_remote_code":
         return not value
+    if key == "quantization_config":
+        return isinstance(value, Mapping) and all(
+            name in _OF_BITSANDBYTES and isinstance(setting, (str, int, float)) for name, setting in value.items()
+        )
+    if key == "device_map":
+        return isinstance(value, str)
     return key in _MAY_SAY and (value is None or isinstance(value, (str, int, float)))

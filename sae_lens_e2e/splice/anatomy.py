@@ -59,8 +59,9 @@ def read_anatomy(model: nn.Module, model_kwargs: Mapping[str, Any] | None = None
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are (the first of them, if they are in several places)."""
-    return next(module.parameters()).device
+    """Where a module's weights are: the first of them that are anywhere, if they are in several places; else the CPU."""
+    devices = (parameter.device for parameter in module.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def _hooked_transformer(model: HookedTransformer, kwargs: Mapping[str, Any]) -> Anatomy:

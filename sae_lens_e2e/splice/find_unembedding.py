@@ -21,7 +21,7 @@ def find_unembedding(anatomy: Anatomy) -> tuple[nn.Module | None, Unembedding]:
     module = anatomy.unembed
     handles = []
     if module is not None:
-        handles.append(module.register_forward_pre_hook(lambda _, args: captured.append(args[0])))
+        handles.append(module.register_forward_pre_hook(lambda module, args: captured.append(given_to(module, args))))
     try:
         logits = logits_of(anatomy.root(anatomy.probe_tokens(), **anatomy.forward_kwargs))
     finally:
@@ -34,6 +34,12 @@ def find_unembedding(anatomy: Anatomy) -> tuple[nn.Module | None, Unembedding]:
     return None, ModuleUnembedding(lambda all_logits: all_logits, logits.shape[-1])
 
 
+def given_to(unembed: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """What an unembedding is called with, where its weights are: of a model that is spread over devices, that may be elsewhere."""
+    weight = next(unembed.parameters(), None)
+    return args[0] if weight is None or weight.is_meta else args[0].to(weight.device)
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in whatever a language model returns."""
     return output.logits if hasattr(output, "logits") else first_output(output)
@@ -42,7 +48,8 @@ def logits_of(output: Any) -> Tensor:
 def _candidates(module: Any, soft_cap: float | None, d_vocab: int) -> Iterator[Unembedding]:
     if isinstance(weight := getattr(module, "W_U", None), Tensor):  # TransformerLens' names
         yield LinearUnembedding(weight.detach(), module.b_U.detach(), soft_cap)
-    elif type(module) is nn.Linear:
+    # Weights that are kept elsewhere until they are needed are on no device here.
+    elif type(module) is nn.Linear and not module.weight.is_meta:
         yield LinearUnembedding(
             module.weight.detach().T, None if module.bias is None else module.bias.detach(), soft_cap
         )

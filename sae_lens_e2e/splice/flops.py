@@ -48,7 +48,13 @@ class ModelFlops:
 def n_matrix_weights(module: nn.Module) -> int:
     """How many weights of a module a token is multiplied with: those of its matrices, biases and norms left out."""
     named = ((name.rpartition(".")[2].lstrip("_"), p) for name, p in module.named_parameters())
-    return sum(p.numel() for name, p in named if p.ndim >= 2 and not name.startswith(("b_", "bias")))
+    return sum(_numel(p) for name, p in named if p.ndim >= 2 and not name.startswith(("b_", "bias")))
+
+
+def _numel(weights: nn.Parameter) -> int:
+    """How many numbers, of which bitsandbytes keeps two in a byte where they have 4 bits."""
+    quantised = getattr(weights, "quant_state", None)
+    return weights.numel() if quantised is None else quantised.shape.numel()
 
 
 def _attention_width(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sae_lens_e2e.splice.activation import fused_gelu
 from sae_lens_e2e.splice.anatomy import device_of, read_anatomy
 from sae_lens_e2e.splice.attention import fused_attention
-from sae_lens_e2e.splice.find_unembedding import find_unembedding, logits_of
+from sae_lens_e2e.splice.find_unembedding import find_unembedding, given_to, logits_of
 from sae_lens_e2e.splice.frozen import frozen
 from sae_lens_e2e.splice.hooks import Watch, first_output, unknown_hook, watching
 from sae_lens_e2e.splice.positions import Where
@@ -250,8 +250,8 @@ class SplicedModel:
                 raise _Done
             return new
 
-        def keep_final(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            final.append(args[0])
+        def keep_final(module: nn.Module, args: tuple[Any, ...]) -> None:
+            final.append(given_to(module, args))
             raise _Done
 
         def stopping(watched: Iterable[tuple[nn.Module, Watch]]) -> list[tuple[nn.Module, Watch]]:

@@ -11,6 +11,7 @@ from sae_lens_e2e.evaluation import Evaluation
 from sae_lens_e2e.evaluation.files import read_evaluation
 from sae_lens_e2e.output import clean_partials, write_whole
 from sae_lens_e2e.sweep.plan import AnyConfig
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.same_run import difference, held_out_difference
 
@@ -36,7 +37,9 @@ def failures(output: str | Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def record_failure(output: Path, name: str, error: Exception) -> None:
-    """Say what stopped a point, in the log and in its `failed.txt`."""
+    """Say what stopped a point, in the log and in its `failed.txt`; of several ranks the first does."""
+    if not ranks.is_first():
+        return
     message = named_line(error)
     logger.error(f"point {name} failed: {message}")
     try:

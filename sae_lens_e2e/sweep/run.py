@@ -37,17 +37,18 @@ from sae_lens_e2e.sweep.folders import (
     saes_of,
 )
 from sae_lens_e2e.sweep.plan import AnyConfig, Sweep, Tune
-from sae_lens_e2e.sweep.wandb_runs import wandb_runs
-from sae_lens_e2e.training.checks import check_devices
+from sae_lens_e2e.sweep.wandb_runs import UnheardRun, runs_of_ranks
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.loop import fit
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.multi_runner import E2EMultiTrainingRunner
 from sae_lens_e2e.training.prompts import PromptBatches, interrupting
+from sae_lens_e2e.training.ready import make_ready
 from sae_lens_e2e.training.runner import E2ETrainingRunner
 from sae_lens_e2e.training.setup import compilation, step_plan
 from sae_lens_e2e.training.statistics import ESTIMATED
-from sae_lens_e2e.training.step import OnFailure, reraise
+from sae_lens_e2e.training.step import OnFailure, reraise, standing
 from sae_lens_e2e.training.wandb_run import WandbRun
 
 AnyRunner = E2ETrainingRunner | E2EMultiTrainingRunner
@@ -75,35 +76,42 @@ def run_sweep(sweep: Sweep, output: str | Path, *, together: int | None = None) 
     `failed.txt` that says why, and does not stop the others, nor does a file of it that is damaged; an interruption leaves
     checkpoints from which the same call goes on. Gives, and writes as `results.csv` beside the sweep itself, the evaluation of each
     finished point, with its seed, a row a point. Learning rates that the sweep wants tuned are chosen first, in `tuning.json`. Raises, before any work, ValueError if a folder holds a point with other settings,
-    BlockingIOError if another process is at work on the sweep.
+    BlockingIOError if another process is at work on the sweep. Several ranks train together; rank 0 alone evaluates, and keeps the folders.
     """
-    check_writable(output)
-    with locked(output):
+    ranks.begin()
+    if any(content != sweep.content for content in ranks.gathered(sweep.content)):
+        raise ValueError("the ranks were given different sweeps; start all of them with the same file")
+    ranks.first(lambda: check_writable(output))
+    with ranks.on_first(lambda: locked(output), False):
         return _run_sweep(sweep, Path(output), together)
 
 
 def _run_sweep(sweep: Sweep, output: Path, together: int | None) -> pd.DataFrame:
-    sweep = matched(sweep, output)
+    sweep = ranks.first(lambda: matched(sweep, output))
     if sweep.tune is not None:
         sweep = _tuned(sweep, sweep.tune, output, together)
     frame = _run_points(sweep, output, together, load_documents)
+    ranks.first(lambda: _write_results(sweep, frame, output))
+    return frame
+
+
+def _write_results(sweep: Sweep, frame: pd.DataFrame, output: Path) -> None:
     if len(frame):
         with written_whole(output) as folder:
             frame.to_csv(folder / RESULTS_FILENAME, index=False)
             (folder / SWEEP_FILENAME).write_text(yaml.safe_dump(dict(sweep.content), sort_keys=False))
-    return frame
 
 
 def _tuned(sweep: Sweep, tune: Tune, output: Path, together: int | None) -> Sweep:
     """The sweep with a learning rate for each point, for which candidates are run unless that is done; without those that have none."""
-    if names := tuning.undecided(sweep, output):
+    if names := ranks.first(lambda: tuning.undecided(sweep, output)):
         load = partial(validation_documents, part=tune.validation)
         _run_points(tuning.candidates(sweep, names, output), output / tuning.FOLDER, together, load)
-        tuning.decide(sweep, names, output)
-    chosen, failed = tuning.tuned(sweep, output)
+        ranks.first(lambda: tuning.decide(sweep, names, output))
+    chosen, failed = ranks.first(lambda: tuning.tuned(sweep, output))
     for name, reason in failed.items():
         record_failure(output, name, ValueError(reason))
-    if not failed:
+    if not failed and ranks.is_first():
         shutil.rmtree(output / tuning.FOLDER, ignore_errors=True)
     return chosen
 
@@ -111,6 +119,14 @@ def _tuned(sweep: Sweep, tune: Tune, output: Path, together: int | None) -> Swee
 def _run_points(sweep: Sweep, output: Path, together: int | None, load: LoadDocuments) -> pd.DataFrame:
     """Train and evaluate the points that are not finished, and give the evaluations of those that are."""
     configs = {point.name: point.config(output / point.name) for point in sweep.points}
+    todo = ranks.first(lambda: _unfinished(sweep, configs, output))
+    for group in groups({name: configs[name] for name in todo}, together):
+        _run_group(sweep, output, {name: configs[name] for name in group}, load)
+    return ranks.first(lambda: _results(configs, output))
+
+
+def _unfinished(sweep: Sweep, configs: Mapping[str, AnyConfig], output: Path) -> list[str]:
+    """The points that are to be run, what killed runs left half-written of any being removed."""
     checked = {name: check_same(output / name, cfg, _held_out(sweep)) for name, cfg in configs.items()}
     for name, cfg in configs.items():
         clean(output / name, cfg)
@@ -119,8 +135,10 @@ def _run_points(sweep: Sweep, output: Path, together: int | None, load: LoadDocu
     for name, damage in checked.items():
         if damage is not None and todo.pop(name, None) is not None:
             record_failure(output, name, ValueError(damage))
-    for group in groups(todo, together):
-        _run_group(sweep, output, {name: configs[name] for name in group}, load)
+    return list(todo)
+
+
+def _results(configs: Mapping[str, AnyConfig], output: Path) -> pd.DataFrame:
     seeds = {sae: cfg.seed for name, cfg in configs.items() for sae in saes_of(name, cfg)}
     results = read_results(output, list(seeds))
     return evaluation_frame(results).assign(**{SEED: [seeds[sae] for sae in results]})
@@ -149,27 +167,31 @@ def _estimates(cfg: AnyConfig) -> list[Any]:
 
 def _run_group(sweep: Sweep, output: Path, configs: Mapping[str, AnyConfig], load: LoadDocuments) -> None:
     fail = partial(record_failure, output)
-    for name in configs:
-        (output / name / FAILURE_FILENAME).unlink(missing_ok=True)
+    if ranks.is_first():
+        for name in configs:
+            (output / name / FAILURE_FILENAME).unlink(missing_ok=True)
     first = next(iter(configs.values()))
     try:
-        model, documents, held_out = _model_and_data(sweep, first, load)
-        splice = SplicedModel(model, first.model_kwargs)
+        make_ready(first, _held_out(sweep))
+        with ranks.together():
+            model, documents, held_out = _model_and_data(sweep, first, load)
+            splice = SplicedModel(model, first.model_kwargs)
     except Exception as error:
         for name in configs:
             fail(name, error)
         return
     runners: dict[str, AnyRunner] = {}
-    trained = [name for name, cfg in configs.items() if is_trained(output, name, cfg)]
+    trained = ranks.first(lambda: [name for name, cfg in configs.items() if is_trained(output, name, cfg)])
     for name, cfg in configs.items():
         if name in trained:
             continue
         with kept_to(name, fail):
             runners[name] = runner_of(_without_wandb(cfg), documents, model, splice, _held_out(sweep))
-    with wandb_runs(sweep.name, {name: configs[name] for name in runners}) as logged:
+    with runs_of_ranks(sweep.name, {name: configs[name] for name in runners}) as logged:
         if runners:
             trained += _train_group(splice, runners, logged, fail)
-        _evaluate_group(sweep, output, {name: configs[name] for name in trained}, model, held_out, logged, fail)
+        ended = {name: configs[name] for name in trained}
+        ranks.first(lambda: _evaluate_group(sweep, output, ended, model, held_out, logged, fail))
 
 
 def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel, held_out: float) -> AnyRunner:
@@ -187,7 +209,6 @@ def runner_of(cfg: AnyConfig, dataset: Any, model: Any, splice: SplicedModel, he
 
 def _model_and_data(sweep: Sweep, cfg: AnyConfig, load: LoadDocuments) -> tuple[Any, Any, Any]:
     assert cfg.llm_device is not None
-    check_devices(cfg)
     model = load_model(cfg.model_name, cfg.llm_device, cfg.model_class_name, cfg.model_from_pretrained_kwargs)
     return model, *load(cfg.dataset_path, _held_out(sweep))
 
@@ -199,37 +220,38 @@ def _held_out(sweep: Sweep) -> float:
 def _train_group(
     splice: SplicedModel,
     runners: Mapping[str, AnyRunner],
-    logged: Mapping[str, WandbRun],
+    logged: Mapping[str, WandbRun | UnheardRun],
     fail: Callable[[str, Exception], None],
 ) -> list[str]:
     """Train the runners' SAEs together, save those that end, and give their names."""
     leader = next(iter(runners.values()))
     batches = PromptBatches(leader.activations_store, leader.cfg.prompts_per_step)
     names: dict[Group, str] = {}
-    left, ended = dict(runners), []
+    failed: set[str] = set()
+    saved: list[str] = []
 
     def save(group: Group) -> None:
         runner = runners[names[group]]
-        runner.save_outputs(group)
-        if runner.cfg.n_checkpoints == 0:
-            shutil.rmtree(Path(str(runner.cfg.output_path)) / CHECKPOINTS, ignore_errors=True)
-        del left[names[group]]
-        ended.append(names[group])
+        saved.append(names[group])
+        if ranks.is_first():
+            runner.save_outputs(group)
+            if runner.cfg.n_checkpoints == 0:
+                shutil.rmtree(Path(str(runner.cfg.output_path)) / CHECKPOINTS, ignore_errors=True)
 
     def stop(name: str, error: Exception) -> None:
-        del left[name]
+        failed.add(name)
         fail(name, error)
 
     def stop_group(group: Group, error: Exception) -> None:
         stop(names[group], error)
 
     def living() -> list[Group]:
-        return [group for group, name in names.items() if name in left]
+        return [group for group, name in names.items() if name not in failed]
 
     for name, runner in runners.items():
         # One store for all, so that each checkpoint knows how far it was read.
         runner.activations_store = leader.activations_store
-        with kept_to(name, stop):
+        with kept_to(name, stop), ranks.together():
             names[runner.make_group(batches, logged[name].log if name in logged else None)] = name
     try:
         if names:
@@ -240,9 +262,10 @@ def _train_group(
     except InterruptedException:
         raise
     except Exception as error:  # in what they share: the model, or the data
-        for name in list(left):
-            stop(name, error)
-    return ended
+        for group in living():
+            if names[group] not in saved:
+                stop(names[group], error)
+    return [name for name in saved if name not in failed]
 
 
 def resume(leader: AnyRunner, groups: Sequence[Group], on_failure: OnFailure = reraise) -> None:
@@ -250,22 +273,28 @@ def resume(leader: AnyRunner, groups: Sequence[Group], on_failure: OnFailure = r
 
     A point whose checkpoint is damaged is given to `on_failure`, and does not go on.
     """
-    folders = [Path(str(group.first.cfg.checkpoint_path)) for group in groups]
-    common = set.intersection(*({int(path.name) for path in checkpoints_in(folder)} for folder in folders))
+    folders = {group: Path(str(group.first.cfg.checkpoint_path)) for group in groups}
+    common = ranks.first(
+        lambda: set.intersection(*({int(path.name) for path in checkpoints_in(at)} for at in folders.values()))
+    )
     if not common:
         return
     store_is_set = False
-    for group, folder in zip(groups, folders, strict=True):
-        path = folder / str(max(common))
+
+    def load(group: Group) -> None:
+        nonlocal store_is_set
+        path = folders[group] / str(max(common))
         try:
             group.load_checkpoint(path)
             if not store_is_set:
                 leader.activations_store.load_from_checkpoint(path)
                 store_is_set = True
         except Exception as error:  # damaged bytes fail in whatever way they happen to ask for
-            wrong = ValueError(f"checkpoint {path} is damaged ({named_line(error)}); remove it to go on without it")
-            wrong.__cause__ = error
-            on_failure(group, wrong)
+            raise ValueError(
+                f"checkpoint {path} is damaged ({named_line(error)}); remove it to go on without it"
+            ) from error
+
+    standing(groups, load, on_failure)
     logger.info(f"going on after {max(common)} tokens")
 
 
@@ -275,7 +304,7 @@ def _evaluate_group(
     configs: Mapping[str, AnyConfig],
     model: Any,
     held_out: Any,
-    logged: Mapping[str, WandbRun],
+    logged: Mapping[str, WandbRun | UnheardRun],
     fail: Callable[[str, Exception], None],
 ) -> None:
     """Evaluate what was saved, as anyone would load it, on the held-out documents."""

@@ -3,15 +3,33 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sae_lens import logger
 
 from sae_lens_e2e.sweep.plan import AnyConfig
-from sae_lens_e2e.training.wandb_run import WandbRun
+from sae_lens_e2e.training import ranks
+from sae_lens_e2e.training.wandb_run import WandbRun, unheard
 
 Item = TypeVar("Item")
 Given = TypeVar("Given")
+
+
+class UnheardRun:
+    """In the place of a run, on ranks that are not the first."""
+
+    log = staticmethod(unheard)
+
+    def summarise(self, figures: Mapping[str, Any]) -> None:
+        """As `log` does."""
+
+
+@contextmanager
+def runs_of_ranks(group: str, configs: Mapping[str, AnyConfig]) -> Iterator[Mapping[str, WandbRun | UnheardRun]]:
+    """`wandb_runs` of rank 0; the others log where nothing is heard, as many points as W&B takes."""
+    with ranks.on_first(lambda: wandb_runs(group, configs), {}) as runs:
+        taken = ranks.first(lambda: list(runs))
+        yield runs if ranks.is_first() else dict.fromkeys(taken, UnheardRun())
 
 
 @contextmanager

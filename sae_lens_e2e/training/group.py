@@ -15,6 +15,7 @@ from sae_lens_e2e.objectives import Batch, Objective, Part, Term
 from sae_lens_e2e.objectives.plugins import said_of
 from sae_lens_e2e.output import replaced_whole
 from sae_lens_e2e.splice import Clean, Remembered, Replace, Site, SplicedModel, Where
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.clock import Clock
 from sae_lens_e2e.training.course import Course
 from sae_lens_e2e.training.history import write_history
@@ -28,6 +29,9 @@ from sae_lens_e2e.training.terms import evaluated, parts_of, terms_of, weighted_
 from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
 
 Trainer = E2ETrainer[Any, Any]
+
+_THRESHOLD = "topk_threshold"
+"""SAELens' name, in each architecture that has one."""
 
 
 class Group:
@@ -132,6 +136,36 @@ class Group:
         for name, output in counted.items():
             self._record(name, output, sum(losses[1:], losses[0]), terms, values, share)
 
+    def sum_over_ranks(self, n_tokens: int, n_passes: int) -> None:
+        """Add up what the ranks have made of the step's `n_tokens` trained tokens: gradients, losses and counts.
+
+        BatchTopK's threshold, a running mean over forward passes, of which this rank ran `n_passes`, is what one process would have; what
+        else a forward pass leaves behind, such as an objective's running means, is averaged.
+        """
+        saes = [trainer.sae for trainer in self.trainers.values()]
+        outputs = self.outputs.values()
+        gradients = ranks.gradients([p for sae in saes for p in sae.parameters()])
+        ranks.sum_([*gradients, *(value for output in outputs for value in output.added_up)])
+        averaged = list(self.course.means.values.values())
+        for name, trainer in self.trainers.items():
+            buffers = dict(trainer.sae.named_buffers())
+            if (threshold := buffers.pop(_THRESHOLD, None)) is not None:
+                kept = (1 - trainer.sae.cfg.topk_threshold_lr) ** n_passes
+                ranks.chained_(threshold, self._buffers[name][_THRESHOLD], kept)
+            averaged += buffers.values()
+        ranks.mean_(averaged)
+        for output in outputs:
+            output.n_tokens = n_tokens
+
+    def copy_first(self) -> None:
+        """Have the weights and estimated statistics of rank 0, whose device may have rounded otherwise."""
+        for trainer in self.trainers.values():
+            ranks.copy_first_([*trainer.sae.parameters(), *trainer.sae.buffers()])
+            scaler = trainer.activation_scaler
+            scaler.scaling_factor = ranks.first(lambda scaler=scaler: scaler.scaling_factor)
+            if (whitening := scaler.whitening) is not None:
+                ranks.copy_first_([whitening.mean, whitening.matrix, whitening.inverse_matrix])
+
     def end_step(self) -> None:
         """Clip, check and apply the gradient of a step's forward passes. Raises NonFiniteLossError, the SAEs as they were."""
         parameters = [p for trainer in self.trainers.values() for p in trainer.sae.parameters()]
@@ -171,7 +205,12 @@ class Group:
             self.save_checkpoint(f"final_{self.first.n_training_samples}")
 
     def save_checkpoint(self, name: str) -> None:
-        """A checkpoint of all, from which `load_checkpoint` goes on: SAELens' own for one SAE, a folder for each of several."""
+        """A checkpoint of all, from which `load_checkpoint` goes on: SAELens' own for one SAE, a folder for each of several.
+
+        All ranks have the same to write, and rank 0 does.
+        """
+        if not ranks.is_first():
+            return
         base = self.first.cfg.checkpoint_path
         if len(self.trainers) == 1 or base is None:
             for trainer in self.trainers.values():

@@ -7,10 +7,11 @@ from tqdm.auto import tqdm
 
 from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.splice import SplicedModel
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.statistics import estimate_statistics
-from sae_lens_e2e.training.step import OnFailure, reraise, step
+from sae_lens_e2e.training.step import OnFailure, reraise, standing, step
 
 if TYPE_CHECKING:
     from sae_lens_e2e.training.group import Group
@@ -30,51 +31,44 @@ def fit(
     a group has finished, `on_failure` for one that raised, which leaves the others be. When `batches` is interrupted, those that
     still train write a checkpoint, and the interruption is raised.
     """
-    estimate_statistics(model, groups, batches, plan)
+    with ranks.together():
+        estimate_statistics(model, groups, batches, plan)
+    for group in groups:
+        group.copy_first()
+
+    def end(group: "Group") -> None:
+        group.finish()
+        on_end(group)
+
     running = list(groups)
     tokens_per_step = groups[0].first.cfg.train_batch_size_samples
     longest = max(group.first.cfg.total_training_samples for group in groups)
     done = max(group.first.n_training_samples for group in groups)
     n_saes = sum(len(group.trainers) for group in groups)
     with tqdm(
-        total=longest, initial=done, desc=f"Training {n_saes} SAE{'s' * (n_saes > 1)}", unit="token", unit_scale=True
+        total=longest,
+        initial=done,
+        desc=f"Training {n_saes} SAE{'s' * (n_saes > 1)}",
+        unit="token",
+        unit_scale=True,
+        disable=not ranks.is_first(),
     ) as progress:
         while running:
-            running = [group for group in running if not _finished(group, on_end, on_failure)]
+            standing([group for group in running if group.is_done], end, on_failure)
+            running = [group for group in running if not group.is_done]
             if not running:
                 break
             try:
                 prompts = next(batches)
             except InterruptedException:
-                for group in running:
-                    _stands(group, lambda g: g.save_checkpoint(str(g.first.n_training_samples)), on_failure)
+                standing(running, lambda g: g.save_checkpoint(str(g.first.n_training_samples)), on_failure)
                 raise
-            running = [group for group in running if _stands(group, _log_sparsity, on_failure)]
+            running = standing(running, _log_sparsity, on_failure)
             running = step(model, running, prompts, plan, on_failure)
-            running = [group for group in running if _stands(group, lambda g: g.log_step(), on_failure)]
+            running = standing(running, lambda g: g.log_step(), on_failure)
             progress.update(tokens_per_step)
-
-
-def _finished(group: "Group", on_end: "Callable[[Group], None]", on_failure: OnFailure) -> bool:
-    def end(group: "Group") -> None:
-        group.finish()
-        on_end(group)
-
-    if group.is_done:
-        _stands(group, end, on_failure)
-    return group.is_done
 
 
 def _log_sparsity(group: "Group") -> None:
     for trainer in group.trainers.values():
         trainer.log_sparsity()
-
-
-def _stands(group: "Group", action: "Callable[[Group], None]", on_failure: OnFailure) -> bool:
-    """Whether a group came through an action; one that raised, such as on a full disk, is given to `on_failure`."""
-    try:
-        action(group)
-    except Exception as error:
-        on_failure(group, error)
-        return False
-    return True

@@ -16,12 +16,13 @@ from typing_extensions import override
 
 from sae_lens_e2e.output import written_whole
 from sae_lens_e2e.splice import SplicedModel
-from sae_lens_e2e.training import setup
-from sae_lens_e2e.training.checks import check_dataset, check_devices
+from sae_lens_e2e.training import ranks, setup
+from sae_lens_e2e.training.checks import check_dataset
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.history import write_history
 from sae_lens_e2e.training.multi_config import E2EMultiRunnerConfig
 from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.ready import make_ready
 from sae_lens_e2e.training.same_run import check_resume
 from sae_lens_e2e.training.stages import AnyObjective
 from sae_lens_e2e.training.store import ResumableStore
@@ -39,6 +40,7 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
     splice: SplicedModel
     objective: AnyObjective
 
+    @ranks.together()
     def __init__(
         self,
         cfg: E2EMultiRunnerConfig,
@@ -52,7 +54,7 @@ class E2EMultiTrainingRunner(MultiSAETrainingRunner):
             raise TypeError(
                 f"cfg is a {type(cfg).__name__}; make it an E2EMultiRunnerConfig, or use SAELens' MultiSAETrainingRunner"
             )
-        check_devices(cfg)
+        make_ready(cfg, held_out)
         check_dataset(override_dataset)
         check_resume(cfg, list(cfg.saes), held_out)
         for name in override_saes.keys() & cfg.saes.keys() if override_saes is not None else ():

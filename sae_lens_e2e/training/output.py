@@ -23,6 +23,11 @@ class StepOutput(TrainStepOutput):
     firing: Float[Tensor, "d_sae"] = field(default_factory=lambda: torch.empty(0))
     n_tokens: int = 0
 
+    @property
+    def added_up(self) -> list[Tensor]:
+        """What of it is a sum over forward passes."""
+        return [self.loss, *self.losses.values(), *self.parts.values(), self.firing]
+
     @classmethod
     def of_pass(
         cls,

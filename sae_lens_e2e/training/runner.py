@@ -13,12 +13,13 @@ from typing_extensions import override
 
 from sae_lens_e2e.output import written_whole
 from sae_lens_e2e.splice import Site, SplicedModel
-from sae_lens_e2e.training import setup
-from sae_lens_e2e.training.checks import check_dataset, check_devices
+from sae_lens_e2e.training import ranks, setup
+from sae_lens_e2e.training.checks import check_dataset
 from sae_lens_e2e.training.config import E2ERunnerConfig
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.history import write_history
 from sae_lens_e2e.training.prompts import PromptBatches
+from sae_lens_e2e.training.ready import make_ready
 from sae_lens_e2e.training.same_run import check_resume
 from sae_lens_e2e.training.stages import AnyObjective
 from sae_lens_e2e.training.store import ResumableStore
@@ -39,6 +40,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
     objective: AnyObjective
     site: Site
 
+    @ranks.together()
     def __init__(
         self,
         cfg: E2ERunnerConfig[T_TRAINING_SAE_CONFIG],
@@ -52,7 +54,7 @@ class E2ETrainingRunner(LanguageModelSAETrainingRunner):
             raise TypeError(
                 f"cfg is a {type(cfg).__name__}; make it an E2ERunnerConfig, or use SAELens' LanguageModelSAETrainingRunner"
             )
-        check_devices(cfg)
+        make_ready(cfg, held_out)
         check_dataset(override_dataset)
         check_resume(cfg, [_NAME], held_out)
         if override_sae is not None:

@@ -52,6 +52,11 @@ def difference(folder: Path, cfg: Any, may_differ: Collection[str] = MAY_DIFFER)
     now, then = json.loads(json.dumps(cfg.to_dict(), default=str)), read_json(file)
     if not isinstance(then, dict):
         raise ValueError(f"{file} is damaged: it holds no settings")
+    return difference_of(then, now, may_differ)
+
+
+def difference_of(then: Any, now: Any, may_differ: Collection[str]) -> Difference | None:
+    """The first setting that two runs' settings, as JSON has them, have differently, if any."""
     return next(_differences(then, now, may_differ), None)
 
 

@@ -17,6 +17,7 @@ from sae_lens_e2e.splice import Compilation, Site, SplicedModel, check_sites, ex
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, knows_hooked_transformer, load_bridge
 from sae_lens_e2e.splice.positions import Positions
+from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.cost import training_flops
 from sae_lens_e2e.training.group import Group
 from sae_lens_e2e.training.plan import StepPlan
@@ -24,7 +25,7 @@ from sae_lens_e2e.training.prompts import PromptBatches, interrupting
 from sae_lens_e2e.training.same_run import claimed
 from sae_lens_e2e.training.stages import AnyObjective, stages_of
 from sae_lens_e2e.training.trainer import Log
-from sae_lens_e2e.training.wandb_run import logged_to_wandb
+from sae_lens_e2e.training.wandb_run import logged_to_wandb, unheard
 
 # Of an SAE and the runner config's `sae`: what the runner sets, and how a new SAE starts.
 _MAY_DIFFER = ("metadata", "device", "decoder_init_norm", "jumprelu_init_threshold")
@@ -209,15 +210,20 @@ def run(runner: Runner, overwrite: bool) -> None:
     Raises, before training, what `claimed` and `logged_to_wandb` raise.
     """
     cfg = runner.cfg
-    with claimed(cfg, overwrite), logged_to_wandb(cfg) as log:
-        group = runner.make_group(log=log)
-        if cfg.resume_from_checkpoint is not None:
-            logger.info(f"Resuming from checkpoint: {cfg.resume_from_checkpoint}")
-            group.load_checkpoint(cfg.resume_from_checkpoint)
-            runner.activations_store.load_from_checkpoint(cfg.resume_from_checkpoint)
+    silent = unheard if cfg.logger.log_to_wandb else None
+    with (
+        ranks.on_first(lambda: claimed(cfg, overwrite), None),
+        ranks.on_first(lambda: logged_to_wandb(cfg), silent) as log,
+    ):
+        with ranks.together():
+            group = runner.make_group(log=log)
+            if cfg.resume_from_checkpoint is not None:
+                logger.info(f"Resuming from checkpoint: {cfg.resume_from_checkpoint}")
+                group.load_checkpoint(cfg.resume_from_checkpoint)
+                runner.activations_store.load_from_checkpoint(cfg.resume_from_checkpoint)
         with runner.splice.running(compilation(cfg)):
             _fit_interruptibly(group)
-        runner.save_outputs(group)
+        ranks.first(lambda: runner.save_outputs(group))
 
 
 def _fit_interruptibly(group: Group) -> None:

@@ -78,6 +78,10 @@ class WandbRun:
             self._warned = True
 
 
+def unheard(figures: dict[str, Any], step: int) -> None:
+    """Where ranks log that are not the first: they work out all that it logs, so as to read the same data, and say nothing."""
+
+
 @contextmanager
 def logged_to_wandb(cfg: Any) -> Iterator[Log | None]:
     """The one W&B run of a process, if the config asks for one, while the block lasts: what logs figures; None if it does not.
