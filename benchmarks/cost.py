@@ -10,14 +10,14 @@ import argparse
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measure import SHAPES, Case, best_of_two
+from measure import SHAPES, Case, measured
 
 GPT2 = SHAPES["gpt2-small"]
 WIDTH = GPT2.model["d_model"]
 AXES: dict[str, tuple[str, list[int], int]] = {
-    "n_pos": ("tokens a step", [128, 256, 512, 1024], 1),
-    "ratio": ("features", [8, 16, 32, 60], WIDTH),
-    "hook_layer": ("blocks before the SAE", [1, 4, 6, 8, 11], 1),
+    "n_pos": ("tokens a step", [128, 512, 1024], 1),
+    "ratio": ("features", [8, 30, 60], WIDTH),
+    "hook_layer": ("blocks before the SAE", [1, 6, 11], 1),
 }
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     for panel, (field, (label, values, unit)) in zip(panels, AXES.items(), strict=True):
         for objective in ("local", "e2e_ds"):
             settings: list[dict[str, Any]] = [{"n_pos": 512, field: value} for value in values]
-            rows = best_of_two([Case("gpt2-small", objective, steps=arguments.steps, **one) for one in settings])
+            rows = [measured(Case("gpt2-small", objective, steps=arguments.steps, **one)) for one in settings]
             x = [value * unit for value in values]
             panel.plot(x, [row["seconds"] for row in rows], marker="o", label=objective)
             for value, row in zip(x, rows, strict=True):

@@ -171,14 +171,19 @@ def naive_step(model: HookedTransformer, shape: Shape, objective_name: str) -> C
 
 
 def our_step(
-    model: Any, shape: Shape, objective: str, kind: str = "hooked", n_saes: int = 1
+    model: Any,
+    shape: Shape,
+    objective: str,
+    kind: str = "hooked",
+    n_saes: int = 1,
+    prompts_per_forward: int | None = None,
 ) -> tuple[Callable[[Tensor], float], SplicedModel]:
     """The same step, by the package, and the model it runs on. Several SAEs are at the blocks up to the shape's own, spread evenly."""
     settings: dict[str, Any] = {
         "objective": objective,
         "model_class_name": KINDS[kind].model_class_name,
         "context_size": shape.n_pos,
-        "store_batch_size_prompts": shape.n_prompts,
+        "store_batch_size_prompts": prompts_per_forward or shape.n_prompts,
         "train_batch_size_tokens": shape.n_tokens,
         "lr": LR,
         "logger": LoggingConfig(log_to_wandb=False),
