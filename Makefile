@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CIRCUIT_TRACER := .venv-circuit-tracer
+SPARSIFY := .venv-sparsify
 
-.PHONY: demo test test-long test-dashboard test-circuit-tracer lint benchmark clean
+.PHONY: demo test test-long test-dashboard test-circuit-tracer lint benchmark benchmark-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,5 +51,15 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/sweep.py
 
+# Beside sparsify, in an environment that is made for it once, and Apollo's library, where APOLLO=... is its source tree.
+benchmark-peers: $(INSTALLED) $(SPARSIFY)/.installed
+	$(BIN)/python benchmarks/peers.py $(if $(APOLLO),--apollo $(APOLLO))
+
+$(SPARSIFY)/.installed: benchmarks/sparsify_requirements.txt constraints.txt
+	test -x $(SPARSIFY)/bin/python || $(PYTHON) -m venv $(SPARSIFY)
+	$(SPARSIFY)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(SPARSIFY)/bin/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/sparsify_requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(CIRCUIT_TRACER) build dist *.egg-info
+	rm -rf $(VENV) $(CIRCUIT_TRACER) $(SPARSIFY) build dist *.egg-info

@@ -14,7 +14,7 @@ import sys
 import time
 
 import torch
-from measure import SHAPES, load_model, our_step
+from measure import SHAPES, Case, load_model, our_step
 
 from sae_lens_e2e.training import ranks
 
@@ -23,7 +23,7 @@ def seconds_a_step(shape_name: str, steps: int) -> float:
     """In one of the processes, all of which are given the same prompts."""
     ranks.begin()
     shape = SHAPES[shape_name]
-    step, splice = our_step(load_model(shape), shape, "e2e_ds", prompts_per_forward=1)
+    step, splice = our_step(load_model(shape), Case(shape_name, prompts_per_forward=1))
     generator = torch.Generator().manual_seed(1)
     seconds: list[float] = []
     with splice.running():

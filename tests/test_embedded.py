@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from sae_lens_e2e import embedded
 from sae_lens_e2e.embedded import EmbeddedFileError, load_dataset, load_model
+from sae_lens_e2e.splice import SplicedModel
 
 FOLDER = Path(embedded.__file__).parent
 DATA_FILES = sorted(json.loads((FOLDER / "checksums.json").read_text()))
@@ -37,7 +38,7 @@ def rows() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def token_losses(model: HookedTransformer, rows: dict[str, np.ndarray]) -> np.ndarray:
     """[held-out rows, 255] nats."""
-    with torch.no_grad():
+    with torch.no_grad(), SplicedModel(model).running():
         parts = [
             model(part, return_type="loss", loss_per_token=True)
             for part in torch.from_numpy(rows["held_out"]).split(16)
