@@ -1,5 +1,7 @@
 """GELU in one kernel: the same numbers, and TransformerLens' own again afterwards."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformer_lens.utilities.activation_functions import gelu_new
@@ -10,12 +12,12 @@ from tests.models import any_model, random_model, random_tokens
 
 
 @pytest.mark.parametrize("plain", TANH_GELU)
-def test_it_is_the_same_function_with_the_same_gradient(plain: object) -> None:
+def test_it_is_the_same_function_with_the_same_gradient(plain: Any) -> None:
     model = random_model()
     for block in model.blocks:
         block.mlp.act_fn = plain
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64).requires_grad_()
-    expected = plain(x)  # pyright: ignore[reportCallIssue]
+    expected = plain(x)
     with fused_gelu(model):
         found = model.blocks[0].mlp.act_fn(x)
         assert model.blocks[0].mlp.act_fn is not plain

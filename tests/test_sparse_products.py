@@ -125,7 +125,7 @@ def test_where_many_fire_the_products_are_dense(monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(N_TOKENS, D_IN, dtype=torch.float64)
     sae, same = make_sae("standard"), make_sae("standard")
     for one in (sae, same):
-        torch.nn.init.zeros_(one.b_enc)
+        torch.nn.init.zeros_(one.get_parameter("b_enc"))
     with counting(monkeypatch) as looked:
         found = of_pass(sae, True, x)
     assert looked
