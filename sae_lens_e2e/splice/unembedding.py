@@ -99,14 +99,14 @@ class LinearUnembedding(Unembedding):
         self.chunk_bytes = chunk_bytes
         self._kept: Tensor | None = None
 
-    def buffers(self, n_rows: int, dtype: torch.dtype) -> Float[Tensor, "buffers rows d_vocab"]:
-        """Room for chunks of logits. On a CPU it is kept, as fresh pages cost as much as what is written to them."""
+    def buffers(self, n_rows: int, dtype: torch.dtype) -> Float[Tensor, "rows d_vocab"]:
+        """Room for rows of logits. On a CPU it is kept, as fresh pages cost as much as what is written to them."""
         kept = self._kept
-        if kept is None or kept.shape[1] < n_rows or kept.dtype != dtype or kept.device != self.weight.device:
-            kept = self.weight.new_empty((N_BUFFERS, n_rows, self.d_vocab), dtype=dtype)
+        if kept is None or len(kept) < n_rows or kept.dtype != dtype or kept.device != self.weight.device:
+            kept = self.weight.new_empty((n_rows, self.d_vocab), dtype=dtype)
         if kept.device.type == "cpu":
             self._kept = kept
-        return kept[:, :n_rows]
+        return kept[:n_rows]
 
     def logits(self, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_vocab"]:
         """See `Unembedding.logits`."""
@@ -218,9 +218,12 @@ class _Divergence(ABC):
 
     @abstractmethod
     def of_rows(
-        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice]
+        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice], room: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """By hand, for a chunk of tokens: each one's value, and its gradient by the logits, which is in `buffers`."""
+        """By hand, for a chunk of tokens: each one's value, and its gradient by the logits, which is in `buffers`.
+
+        `room` is that of a block, twice.
+        """
 
     @abstractmethod
     def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -233,9 +236,9 @@ class _KL(_Divergence):
         self.clean = clean.hidden if isinstance(clean, Remembered) else clean
 
     def of_rows(
-        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice]
+        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice], room: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits, room = buffers
+        logits, of_clean = buffers
 
         def write_log_p(clean: Tensor, out: Tensor) -> None:
             write(clean, out)
@@ -243,8 +246,8 @@ class _KL(_Divergence):
                 _log_softmax_(out[block])
 
         if self.remembered is None:
-            write_log_p(self.clean[rows], room)
-            log_p = room
+            write_log_p(self.clean[rows], of_clean)
+            log_p = of_clean
         else:
             log_p = self.remembered.log_p(rows, logits.shape[1], write_log_p, logits.dtype)
         write(hidden, logits)
@@ -253,8 +256,10 @@ class _KL(_Divergence):
             log_q = logits[block]
             slope = write.slope(log_q)
             _log_softmax_(log_q)
-            p = log_p[block].exp()
-            values.append(_dot(p, log_p[block] - log_q))
+            p, ratio = (one[: len(log_q)] for one in room)
+            torch.exp(log_p[block], out=p)
+            # Σ p (log p - log q), which is several times as fast in two steps as by `vecdot` or a product of matrices.
+            values.append(torch.sub(log_p[block], log_q, out=ratio).mul_(p).sum(-1))
             log_q.exp_().sub_(p)
             if slope is not None:
                 log_q.mul_(slope)
@@ -271,7 +276,13 @@ class _CrossEntropy(_Divergence):
         self.labels = labels
 
     def of_rows(
-        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice]
+        self,
+        write: "_Write",
+        hidden: Tensor,
+        rows: slice,
+        buffers: Tensor,
+        blocks: Iterable[slice],
+        room: Tensor,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         logits, labels = buffers[0], self.labels[rows, None]
         write(hidden, logits)
@@ -293,11 +304,6 @@ class _CrossEntropy(_Divergence):
 def _log_softmax_(logits: Float[Tensor, "rows d_vocab"]) -> None:
     """In place: each number is read for the last time before it is written."""
     torch.log_softmax(logits, -1, out=logits)
-
-
-def _dot(a: Float[Tensor, "rows d_vocab"], b: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, "rows"]:
-    """Row by row, as a product of matrices, which is faster by far than `vecdot`."""
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
 
 def _without_grad_if_disabled(hidden: Tensor) -> Tensor:
@@ -332,10 +338,11 @@ class _Write:
         torch.mul(grad_logits.to(self.weight.dtype) @ self.weight.T, weights[:, None], out=out)
 
 
-def _blocks(n_rows: int, d_vocab: int, weight: Tensor) -> list[slice]:
-    """The rows of a chunk that are worked on at once: on a CPU as many as its cache holds."""
-    size = max(BLOCK_BYTES // (3 * d_vocab * 4), 1) if weight.device.type == "cpu" else max(n_rows, 1)
-    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+def _block_size(chunk: int, d_vocab: int, device: torch.device) -> int:
+    """How many rows of a chunk are worked on at once: on a CPU as many as the caches of its cores hold."""
+    if device.type != "cpu":
+        return chunk
+    return min(max(BLOCK_BYTES // (3 * d_vocab * 4), 1) * torch.get_num_threads(), chunk)
 
 
 class _Linear(torch.autograd.Function):
@@ -348,7 +355,10 @@ class _Linear(torch.autograd.Function):
         n_tokens, d_vocab = len(hidden), unembedding.d_vocab
         fitting = chunk_size(len(weight), d_vocab, dtype, weight.device, unembedding.chunk_bytes)
         chunk = min(fitting, max(n_tokens, 1))
-        buffers = unembedding.buffers(chunk, dtype)
+        block = _block_size(chunk, d_vocab, weight.device)
+        kept = unembedding.buffers(N_BUFFERS * (chunk + block), dtype)
+        buffers = kept[: N_BUFFERS * chunk].view(N_BUFFERS, chunk, d_vocab)
+        room = kept[N_BUFFERS * chunk :].view(N_BUFFERS, block, d_vocab)
         weights = weights.to(dtype)
         grad = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=dtype)
@@ -357,8 +367,8 @@ class _Linear(torch.autograd.Function):
             for start in range(0, n_tokens, chunk):
                 rows = slice(start, min(start + chunk, n_tokens))
                 w = weights[rows]
-                blocks = _blocks(len(w), d_vocab, weight)
-                value, grad_logits = divergence.of_rows(write, hidden[rows], rows, buffers[:, : len(w)], blocks)
+                blocks = [slice(first, min(first + block, len(w))) for first in range(0, len(w), block)]
+                value, grad_logits = divergence.of_rows(write, hidden[rows], rows, buffers[:, : len(w)], blocks, room)
                 total += w @ value
                 if grad is not None:
                     write.backward(grad_logits, w, out=grad[rows])
