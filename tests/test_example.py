@@ -18,7 +18,7 @@ def run(*arguments: str, cwd: Path) -> Done:
     return run_script(EXAMPLE, *arguments, cwd=cwd, TQDM_DISABLE="1")
 
 
-@pytest.mark.parametrize("objective", ["local", "e2e_ds"])
+@pytest.mark.parametrize("objective", ["local", "e2e", "e2e_ds"])
 def test_the_example_trains_on_the_embedded_model_and_prints_its_table(objective: str, tmp_path: Path) -> None:
     done = run(*SHORT, "--objective", objective, "--output", str(tmp_path / "sae"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ HALVES = ("weights", "autocast")
 TOKENS = random_tokens(4, 12, 61)
 
 N_STEPS = 20
-# As README has them: relative, in the first step and in the last.
-TOLERANCES = {"loss": (0.01, 0.05), "kl": (0.02, 0.15)}
+# As README has them: relative, in the first step and in the mean of the last five; one step by itself is as good as noise.
+TOLERANCES = {"loss": (0.01, 0.05), "kl": (0.02, 0.1)}
 
 
 def settings_for(kind: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ class Trained:
     """Some steps on the same tokens: the losses of each, and the trainer."""
 
     def __init__(self, kind: str, half: str, n_steps: int = N_STEPS, **overrides: Any):
-        tokens = torch.tensor(embedded.load_dataset()[:2]["input_ids"]) if kind == "embedded" else TOKENS
+        tokens = torch.tensor(embedded.load_dataset()[:4]["input_ids"]) if kind == "embedded" else TOKENS
         settings = settings_for(kind) | {"autocast_lm": half == "autocast", "context_size": tokens.shape[1]} | overrides
         settings["train_batch_size_tokens"] = tokens.numel()
         settings["training_tokens"] = 100 * tokens.numel()
@@ -71,9 +72,9 @@ def test_losses_stay_close_to_those_in_float32(kind: str, half: str) -> None:
     low, full = Trained(kind, half), in_float32(kind)
     assert float(low.losses[0]["kl"]) != float(full.losses[0]["kl"]), f"{half} changed nothing"
     for name, (at_first, in_the_end) in TOLERANCES.items():
-        for step, tolerance in ((0, at_first), (-1, in_the_end)):
-            found, expected = float(low.losses[step][name]), float(full.losses[step][name])
-            assert found == pytest.approx(expected, rel=tolerance), (name, step)
+        for steps, tolerance in ((slice(1), at_first), (slice(-5, None), in_the_end)):
+            found, expected = (fmean(float(losses[name]) for losses in of.losses[steps]) for of in (low, full))
+            assert found == pytest.approx(expected, rel=tolerance), (name, steps)
         assert low.losses[-1][name] < 0.6 * low.losses[0][name]
 
 

@@ -28,8 +28,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "another separator": {"sequence_separator_token": 17},
     "documents apart": {"disable_concat_sequences": True},
 }
-COMMANDED = ("default", "neither")
-"""Those that the command line is tried with besides, since it hands all of them on in one way."""
 EVALUATION = {"batch_size_prompts": 4, "max_tokens": 1024}
 
 
@@ -85,25 +83,22 @@ def test_whoever_trains_or_evaluates_reads_the_same_tokens(tmp_path: Path) -> No
         run_sweep(read_sweep(folder / "sweep.yaml"), folder / "sweep")
         point = folder / "sweep" / f"seed={alone.seed}"
 
-        assert_same_weights(folder / "run", point)
-        sae = SAE.load_from_disk(folder / "run")
-        found = evaluate(sae, model, held_out, verbose=False, **EVALUATION)
-        assert read_evaluation(point) == found
-        losses[name] = found.ce_loss_without_sae
-        if name not in COMMANDED:
-            continue
-
         (folder / "run.json").write_text(json.dumps({**given, "output_path": str(folder / "command")}))
         assert main(["train", "--config", str(folder / "run.json")]) == 0
-        assert_same_weights(folder / "run", folder / "command")
+        for other in (point, folder / "command"):
+            assert_same_weights(folder / "run", other)
+
+        sae = SAE.load_from_disk(folder / "run")
+        found = evaluate(sae, model, held_out, verbose=False, **EVALUATION)
         flags = ["--batch-size-prompts", "4", "--max-tokens", "1024"]
         assert main(["evaluate", str(folder / "command"), *flags]) == 0
         page = folder / "report.html"
         assert main(["report", str(folder / "run"), "--measures", "evaluation", "--output", str(page), *flags]) == 0
-        assert read_evaluation(folder / "command") == found
+        assert read_evaluation(point) == read_evaluation(folder / "command") == found
         reported = pd.read_csv(folder / "report_data" / "evaluation.csv")
         assert reported["ce_loss_with_sae"][0] == pytest.approx(found.ce_loss_with_sae, abs=1e-6)
         assert reported["ce_loss_without_sae"][0] == pytest.approx(found.ce_loss_without_sae, abs=1e-6)
+        losses[name] = found.ce_loss_without_sae
     # They are different ways of reading.
     assert len({round(loss, 4) for loss in losses.values()}) == len(SETTINGS)
 
@@ -150,13 +145,13 @@ class Seen:
         return sum(gram in trained for gram in map(tuple, evaluated)) / len(evaluated)
 
 
-@pytest.mark.parametrize("part", [None, 0.0])
+@pytest.mark.parametrize("part", [None, 0.3, 0.0])
 def test_the_command_line_evaluates_on_what_it_kept(
     part: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset, seen, out = stories(tmp_path, 20), Seen(monkeypatch), tmp_path / "out"
+    dataset, seen, out = stories(tmp_path, 30), Seen(monkeypatch), tmp_path / "out"
     # All that there is, more than once.
-    given = settings(dataset, training_tokens=64 * 100, output_path=str(out)) | (
+    given = settings(dataset, training_tokens=64 * 400, output_path=str(out)) | (
         {} if part is None else {"held_out": part}
     )
     (tmp_path / "run.json").write_text(json.dumps(given))
@@ -165,7 +160,7 @@ def test_the_command_line_evaluates_on_what_it_kept(
     capsys.readouterr()
     assert main(["evaluate", str(out), "--batch-size-prompts", "2"]) == 0
     warned = f"{out}: nothing in the metadata (held_out) says" in capsys.readouterr().out
-    n_expected = 2
+    n_expected = {None: 3, 0.3: 9, 0.0: 3}[part]
     assert len(load_documents(str(dataset), part or 0.1)[1]) == n_expected
     assert warned == (part == 0.0)
     # Cut into prompts elsewhere, not all that was trained on is found again.

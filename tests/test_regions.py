@@ -140,7 +140,7 @@ def counting(backend: str = "eager") -> CompileCounterWithBackend:
 
 
 ROOT = Path(__file__).parent.parent
-COMPILED = ("HookedTransformer",)
+COMPILED = ("HookedTransformer", "llama", "gemma2")
 
 
 def test_equal_blocks_are_compiled_once_with_gradient_and_once_without() -> None:

@@ -1,11 +1,12 @@
 """Products over active features against dense ones: every training architecture, and what falls back."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
@@ -82,7 +83,7 @@ def of_pass(sae: TrainingSAE[Any], sparse: bool, x: Tensor) -> dict[str, Tensor]
     }
     step_input = TranscoderStepInput(**given, target=x.detach().flip(0)) if hasattr(sae.cfg, "d_out") else None
     if sparse:
-        with SparseProducts(zero_where_off=sae.cfg.architecture() in ZERO_WHERE_OFF):
+        with SparseProducts.of(sae.cfg):
             output = sae.training_forward_pass(step_input or TrainStepInput(**given))
     else:
         output = sae.training_forward_pass(step_input or TrainStepInput(**given))
@@ -119,6 +120,24 @@ def test_a_threshold_gets_its_gradient_from_features_that_are_off(architecture: 
     expected = of_pass(make_sae(architecture), False, x)[threshold]
     sae.cfg.architecture = lambda: "standard"
     assert not torch.allclose(of_pass(sae, True, x)[threshold], expected)
+
+
+def test_inputs_that_are_more_than_the_features_all_have_their_gradient() -> None:
+    """An SAE of few features, on activations that are mostly zero: its encoder's product has the wide side that a decoder's has."""
+    cfg = TopKTrainingSAEConfig(d_in=D_SAE, d_sae=D_IN, k=4, dtype="float64")
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(cfg)
+    x = torch.zeros(N_TOKENS, D_SAE, dtype=torch.float64)
+    x[:, ::40] = torch.randn(N_TOKENS, len(range(0, D_SAE, 40)), dtype=torch.float64)
+    gradients = []
+    for products in (SparseProducts.of(cfg), nullcontext()):
+        given = x.clone().requires_grad_()
+        with products:
+            pre = given @ sae.W_enc
+        (pre**2).sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert int((gradients[0] != 0).sum()) > int((x != 0).sum())
 
 
 def test_where_many_fire_the_products_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:

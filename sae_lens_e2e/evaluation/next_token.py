@@ -43,7 +43,7 @@ def compare_next_tokens(
             also_likeliest = log_q.argmax(-1)
             _append(measures, _prediction(log_q, also_likeliest, *targets))
             agreement = (likeliest == also_likeliest).to(p.dtype)
-            kl = torch.linalg.vecdot(p, log_p - log_q)
+            kl = (log_p - log_q).mul_(p).sum(-1)
             distance = log_q.exp_().sub_(p).abs_().sum(-1) / 2
             _append(measures, {"kl": kl, "top1_agreement": agreement, "statistical_distance": distance})
     return _joined(of_clean), [_joined(measures) for measures in of_changed]

@@ -28,7 +28,8 @@ def check_sites(
     for hook in hooks:
         if hook not in model.hooks:
             raise unknown_hook("downstream_hooks", hook, list(model.hooks))
-    _check_places(model, sites)
+    order = model.order({*hooks, *(hook for site in sites.values() for hook in (site.read, *site.writes))})
+    _check_places(model, sites, order)
     with frozen(model.model), torch.enable_grad():
         # Two prompts, so that what is the same for all shows, and a length that is seldom a number of heads.
         clean = model.clean(model.probe_tokens(7).repeat(2, 1), sites.values(), hooks)
@@ -41,7 +42,7 @@ def check_sites(
             _check_widths(_of(name, sites), site, clean, *widths[name])
         for hook in hooks:
             _check_shape("downstream_hooks", hook, clean, shorter)
-        _check_depends(model, clean, sites, hooks)
+        _check_depends(model, clean, sites, hooks, order)
 
 
 def _of(name: str, sites: Mapping[str, Site]) -> str:
@@ -49,7 +50,7 @@ def _of(name: str, sites: Mapping[str, Site]) -> str:
     return f"{name}: " if len(sites) > 1 else ""
 
 
-def _check_places(model: SplicedModel, sites: Mapping[str, Site]) -> None:
+def _check_places(model: SplicedModel, sites: Mapping[str, Site], order: Mapping[str, int]) -> None:
     """Raise ValueError for modules that would write over each other, or read what they have written."""
     for (name, site), (other_name, other) in combinations(sites.items(), 2):
         shared = {id(model.hooks[hook]) for hook in site.writes} & {id(model.hooks[hook]) for hook in other.writes}
@@ -60,7 +61,6 @@ def _check_places(model: SplicedModel, sites: Mapping[str, Site]) -> None:
                 f"{name} and {other_name} both write {site.writes[0]}, and only transcoders' outputs add up; "
                 "splice them in one at a time, or move one"
             )
-    order = model.order({hook for site in sites.values() for hook in (site.read, *site.writes)})
     for name, site in sites.items():
         for hook in site.writes:
             if order[hook] < order[site.read]:
@@ -98,7 +98,9 @@ def _check_widths(of: str, site: Site, clean: Clean, d_in: int, d_out: int) -> N
             raise ValueError(f"{of}sae.d_out={d_out} does not fit {hook}, which is {width} wide; set d_out={width}")
 
 
-def _check_depends(model: SplicedModel, clean: Clean, sites: Mapping[str, Site], hooks: Collection[str]) -> None:
+def _check_depends(
+    model: SplicedModel, clean: Clean, sites: Mapping[str, Site], hooks: Collection[str], order: Mapping[str, int]
+) -> None:
     """Raise ValueError for a hook, or an output of the model, that a module does not change."""
     where = Where.everywhere(clean.tokens)
     added: dict[str, Tensor] = {}
@@ -118,7 +120,6 @@ def _check_depends(model: SplicedModel, clean: Clean, sites: Mapping[str, Site],
     replace = {site: passing(names[site], site) for site in model.in_order(sites.values())}
     spliced = model.spliced(clean, where, replace, hooks)
     assert spliced.final is not None
-    order = model.order({*hooks, *(write for site in sites.values() for write in site.writes)})
     for hook in hooks:
         # A hook in a block that stands in is not called.
         for name in _without_effect(spliced.at.get(hook), added):

@@ -7,13 +7,14 @@ forward pass, so that nothing as wide as the vocabulary outlives its chunk.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_e2e.splice.divergence import CE, KL, Divergence, Remembered
 from sae_lens_e2e.splice.positions import NO_LABEL
 
 # How many tokens at a time: so many that the unembedding's own weights, which each chunk's products read again, are read seldom, and
@@ -23,11 +24,9 @@ WIDE = 256
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 1 * 2**30}
 MAX_CHUNK_BYTES = 256 * 2**20
 N_BUFFERS = 2
-"""Of chunk x d_vocab: the spliced model's logits and the clean model's."""
+"""Of chunk x d_vocab: the spliced model's logits and the clean model's; and as many of a block."""
 BLOCK_BYTES = 2 * 2**20
-"""What is made of logits one by one is made of this much at a time, which a core's own cache holds."""
-REMEMBERED_BYTES = 256 * 2**20
-"""The most that is held of clean distributions which several passes are compared with."""
+"""On a CPU what is made of logits one by one is made of this much at a time, which a core's own cache holds; elsewhere a block is a chunk."""
 
 
 class Unembedding(ABC):
@@ -47,20 +46,20 @@ class Unembedding(ABC):
         """The model's logits, soft cap included, in float32 or better. All at once: for those who look at few."""
 
     @abstractmethod
-    def _summed(self, hidden: Tensor, divergence: "_Divergence", weights: Tensor) -> Tensor:
+    def _summed(self, hidden: Tensor, divergence: Divergence, weights: Tensor) -> Tensor:
         """Σ_t weights[t] · divergence_t, its gradient formed along the way."""
 
     def kl(
         self,
         hidden: Float[Tensor, "tokens d_final"],
-        clean: "Float[Tensor, 'tokens d_final'] | Remembered",
+        clean: Float[Tensor, "tokens d_final"] | Remembered,
         weights: Float[Tensor, "tokens"] | None = None,
     ) -> Float[Tensor, ""]:
         """KL(clean ‖ hidden) of the next-token distributions, in nats: mean over tokens, or summed with `weights`.
 
         Braun et al. (2024), section 2, the end-to-end loss.
         """
-        return self._summed(hidden, _KL(clean), uniform(hidden) if weights is None else weights)
+        return self._summed(hidden, KL(clean), uniform(hidden) if weights is None else weights)
 
     def cross_entropy(
         self,
@@ -73,7 +72,7 @@ class Unembedding(ABC):
         known = labels != NO_LABEL
         if weights is None:
             weights = known.to(_figures_dtype(hidden)) / known.sum().clamp(min=1)
-        return self._summed(hidden, _CrossEntropy(labels.clamp(min=0)), torch.where(known, weights, 0))
+        return self._summed(hidden, CE(labels.clamp(min=0)), torch.where(known, weights, 0))
 
     def chunks(self, hidden: Tensor) -> Iterator[slice]:
         """Slices of tokens whose logits fit the work buffers."""
@@ -103,7 +102,9 @@ class LinearUnembedding(Unembedding):
         """Room for rows of logits. On a CPU it is kept, as fresh pages cost as much as what is written to them."""
         kept = self._kept
         if kept is None or len(kept) < n_rows or kept.dtype != dtype or kept.device != self.weight.device:
-            kept = self.weight.new_empty((n_rows, self.d_vocab), dtype=dtype)
+            # Written to in whatever mode comes next.
+            with torch.inference_mode(False):
+                kept = torch.empty((n_rows, self.d_vocab), dtype=dtype, device=self.weight.device)
         if kept.device.type == "cpu":
             self._kept = kept
         return kept[:n_rows]
@@ -116,7 +117,7 @@ class LinearUnembedding(Unembedding):
             logits = logits + self.bias.to(dtype)
         return soft_capped(logits, self.soft_cap)
 
-    def _summed(self, hidden: Tensor, divergence: "_Divergence", weights: Tensor) -> Tensor:
+    def _summed(self, hidden: Tensor, divergence: Divergence, weights: Tensor) -> Tensor:
         loss: Any = _Linear.apply(_without_grad_if_disabled(hidden), self, divergence, weights)
         return loss
 
@@ -133,7 +134,7 @@ class ModuleUnembedding(Unembedding):
         logits = self.function(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _summed(self, hidden: Tensor, divergence: "_Divergence", weights: Tensor) -> Tensor:
+    def _summed(self, hidden: Tensor, divergence: Divergence, weights: Tensor) -> Tensor:
         loss: Any = _Chunked.apply(_without_grad_if_disabled(hidden), self, divergence, weights)
         return loss
 
@@ -149,7 +150,7 @@ def linear_kl(
 ) -> Float[Tensor, ""]:
     """KL(softmax(clean @ weight + bias) ‖ softmax(spliced @ weight + bias)) in nats, from hidden states.
 
-    `LinearUnembedding.kl` as a function. Peak memory is two buffers of chunk x d_vocab, together `chunk_bytes`.
+    `LinearUnembedding.kl` as a function. Peak memory is two buffers of chunk x d_vocab, together `chunk_bytes`, and two of a block.
     """
     return LinearUnembedding(weight, bias, soft_cap, chunk_bytes).kl(spliced, clean, token_weights)
 
@@ -182,128 +183,9 @@ def chunk_size(
     if chunk_bytes is not None:
         return max(chunk_bytes // row_bytes, 1)
     if device.type != "cpu":
-        return max(CHUNK_BYTES["cuda"] // row_bytes, 1)
+        return max(CHUNK_BYTES["cuda"] // (2 * row_bytes), 1)
     few = 1 if width is None else CHUNK_ROWS["wide" if width >= WIDE else "narrow"]
     return max(min(few, MAX_CHUNK_BYTES // row_bytes), CHUNK_BYTES["cpu"] // row_bytes, 1)
-
-
-class Remembered:
-    """The clean side of a KL divergence that several passes are compared with: worked out by the first, held for the others.
-
-    Takes tokens x d_vocab numbers, so `fits` says whether to.
-    """
-
-    def __init__(self, hidden: Float[Tensor, "tokens d_final"]):
-        self.hidden = hidden
-        self._log_p: Tensor | None = None
-        self._n_known = 0
-
-    @staticmethod
-    def fits(n_tokens: int, d_vocab: int) -> bool:
-        """Whether so many tokens' distributions are few enough to be held."""
-        return n_tokens * d_vocab * 4 <= REMEMBERED_BYTES
-
-    def log_p(self, rows: slice, d_vocab: int, write: Callable[[Tensor, Tensor], None], dtype: torch.dtype) -> Tensor:
-        """log p of a chunk of tokens, `write` being what forms it. Chunks are asked for in their order."""
-        if self._log_p is None:
-            self._log_p = self.hidden.new_empty((len(self.hidden), d_vocab), dtype=dtype)
-        if rows.stop > self._n_known:
-            write(self.hidden[rows], self._log_p[rows])
-            self._n_known = rows.stop
-        return self._log_p[rows]
-
-
-class _Divergence(ABC):
-    """What is made of each token's logits, against something known."""
-
-    @abstractmethod
-    def of_rows(
-        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice], room: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """By hand, for a chunk of tokens: each one's value, and its gradient by the logits, which is in `buffers`.
-
-        `room` is that of a block, twice.
-        """
-
-    @abstractmethod
-    def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """Each row's value, to be differentiated by autograd."""
-
-
-class _KL(_Divergence):
-    def __init__(self, clean: Float[Tensor, "tokens d_final"] | Remembered):
-        self.remembered = clean if isinstance(clean, Remembered) else None
-        self.clean = clean.hidden if isinstance(clean, Remembered) else clean
-
-    def of_rows(
-        self, write: "_Write", hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice], room: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits, of_clean = buffers
-
-        def write_log_p(clean: Tensor, out: Tensor) -> None:
-            write(clean, out)
-            for block in blocks:
-                _log_softmax_(out[block])
-
-        if self.remembered is None:
-            write_log_p(self.clean[rows], of_clean)
-            log_p = of_clean
-        else:
-            log_p = self.remembered.log_p(rows, logits.shape[1], write_log_p, logits.dtype)
-        write(hidden, logits)
-        values: list[Tensor] = []
-        for block in blocks:
-            log_q = logits[block]
-            slope = write.slope(log_q)
-            _log_softmax_(log_q)
-            p, ratio = (one[: len(log_q)] for one in room)
-            torch.exp(log_p[block], out=p)
-            # Σ p (log p - log q), which is several times as fast in two steps as by `vecdot` or a product of matrices.
-            values.append(torch.sub(log_p[block], log_q, out=ratio).mul_(p).sum(-1))
-            log_q.exp_().sub_(p)
-            if slope is not None:
-                log_q.mul_(slope)
-        return torch.cat(values), logits
-
-    def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.no_grad():
-            log_p = logits_of(self.clean[rows]).log_softmax(-1)
-        return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
-
-
-class _CrossEntropy(_Divergence):
-    def __init__(self, labels: Int[Tensor, "tokens"]):
-        self.labels = labels
-
-    def of_rows(
-        self,
-        write: "_Write",
-        hidden: Tensor,
-        rows: slice,
-        buffers: Tensor,
-        blocks: Iterable[slice],
-        room: Tensor,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        logits, labels = buffers[0], self.labels[rows, None]
-        write(hidden, logits)
-        values: list[Tensor] = []
-        for block in blocks:
-            log_q, label = logits[block], labels[block]
-            slope = write.slope(log_q)
-            _log_softmax_(log_q)
-            values.append(-log_q.gather(-1, label)[:, 0])
-            log_q.exp_().scatter_add_(-1, label, torch.full_like(label, -1, dtype=log_q.dtype))
-            if slope is not None:
-                log_q.mul_(slope)
-        return torch.cat(values), logits
-
-    def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002
-        return -logits.log_softmax(-1).gather(-1, self.labels[rows, None])[:, 0]
-
-
-def _log_softmax_(logits: Float[Tensor, "rows d_vocab"]) -> None:
-    """In place: each number is read for the last time before it is written."""
-    torch.log_softmax(logits, -1, out=logits)
 
 
 def _without_grad_if_disabled(hidden: Tensor) -> Tensor:
@@ -348,7 +230,7 @@ def _block_size(chunk: int, d_vocab: int, device: torch.device) -> int:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, unembedding: LinearUnembedding, divergence: _Divergence, weights: Tensor
+        ctx: Any, hidden: Tensor, unembedding: LinearUnembedding, divergence: Divergence, weights: Tensor
     ) -> Tensor:
         weight = unembedding.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -384,7 +266,7 @@ class _Linear(torch.autograd.Function):
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, unembedding: ModuleUnembedding, divergence: _Divergence, weights: Tensor
+        ctx: Any, hidden: Tensor, unembedding: ModuleUnembedding, divergence: Divergence, weights: Tensor
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if needs_grad else None

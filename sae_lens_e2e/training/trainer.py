@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
-from sae_lens_e2e.architectures.sparse_products import ZERO_WHERE_OFF, SparseProducts
+from sae_lens_e2e.architectures.sparse_products import SparseProducts
 from sae_lens_e2e.architectures.transcoder import TranscoderStepInput
 from sae_lens_e2e.output import replaced_whole
 from sae_lens_e2e.training.clock import Clock
@@ -64,6 +64,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """What SAELens would log to W&B, every `logger.wandb_log_frequency` steps, whether it does or not."""
         # Within the language model's own autocast, which is not the SAE's.
         self._autocast = torch.autocast(torch.device(cfg.device).type, dtype=torch.bfloat16, enabled=cfg.autocast)
+        self._products = SparseProducts.of(sae.cfg)
         self._losses_checked = False
 
     @override
@@ -131,7 +132,7 @@ class E2ETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             "n_training_steps": self.n_training_steps,
             "is_logging_step": self._is_logging_step(),
         }
-        with self._autocast, SparseProducts(zero_where_off=self.sae.cfg.architecture() in ZERO_WHERE_OFF):
+        with self._autocast, self._products:
             output = self.sae.training_forward_pass(
                 TrainStepInput(**step_input)
                 if target is None

@@ -29,7 +29,7 @@ from tests.reliability.test_properties import VALUES, few, said_in_one_line
 from tests.saes import inference_sae
 
 # Each reads and writes files.
-fewer = settings(few, max_examples=40)
+fewer = settings(few, max_examples=60)
 
 MODEL = random_model()
 TOKENS = dataset_of(random_tokens(8, 12, 61))
