@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import naive_loss, optimizer_step, our_settings, package_step, topk_sae, watched, wrapped
+from measure import as_in_a_run, naive_loss, optimizer_step, our_settings, package_step, topk_sae, watched, wrapped
 from random_models import RANDOM_MODELS, RandomModel
 from timing import measured_steps, random_batches
 from torch import Tensor
@@ -83,8 +83,8 @@ def make_step(case: Case, model: Any, n_prompts: int, stack: ExitStack) -> Calla
     sae = topk_sae(model.config.hidden_size, case.ratio, case.device)
     if case.way == "ours":
         settings = our_settings(case.objective, n_prompts, case.n_pos, "AutoModelForCausalLM", device=case.device)
-        step, splice = package_step(wrapped(model), sae, names[0], settings)
-        stack.enter_context(splice.running())
+        step, group = package_step(wrapped(model), sae, names[0], settings)
+        stack.enter_context(as_in_a_run(group, case.n_pos))
         return step
     at, *later = (model.get_submodule(name) for name in names)
     objective = make_objective(case.objective)

@@ -35,6 +35,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from sae_lens_e2e import E2EDownstream, E2EMultiRunnerConfig, E2EMultiTrainingRunner, E2ERunnerConfig, E2ETrainingRunner
 from sae_lens_e2e.objectives.plugins import make_objective
 from sae_lens_e2e.splice import SplicedModel, frozen
+from sae_lens_e2e.training.group import Group
+from sae_lens_e2e.training.memory import kept_memory, largest_block
 
 
 @dataclass(frozen=True)
@@ -279,16 +281,16 @@ def our_settings(objective: str, n_prompts: int, n_pos: int, model_class_name: s
 
 def package_step(
     model: Any, sae: Any, hook_name: str, settings: dict[str, Any]
-) -> tuple[Callable[[Tensor], float], SplicedModel]:
-    """A training step of one SAE by the package, and the model it runs on."""
+) -> tuple[Callable[[Tensor], float], Group]:
+    """A training step of one SAE by the package, and the group that takes it."""
     dataset = Dataset.from_dict({"input_ids": [[0] * settings["context_size"]]})
     cfg = E2ERunnerConfig(sae=sae.cfg, hook_name=hook_name, **settings)
     trainer = E2ETrainingRunner(cfg, dataset, model, sae).make_trainer()
-    return lambda tokens: float(trainer.step(tokens).loss), trainer.group.model
+    return lambda tokens: float(trainer.step(tokens).loss), trainer.group
 
 
-def our_step(model: Any, case: "Case") -> tuple[Callable[[Tensor], float], SplicedModel]:
-    """The same step, by the package, and the model it runs on. Several SAEs are at the blocks up to the shape's own, spread evenly."""
+def our_step(model: Any, case: "Case") -> tuple[Callable[[Tensor], float], Group]:
+    """The same step, by the package, and the group that takes it. Several SAEs are at the blocks up to the shape's own, spread evenly."""
     shape, kind, n_saes = case.of_shape, case.kind, case.n_saes
     settings = our_settings(case.objective, shape.n_prompts, shape.n_pos, KINDS[kind].model_class_name)
     settings["store_batch_size_prompts"] = case.prompts_per_forward or shape.n_prompts
@@ -311,7 +313,14 @@ def our_step(model: Any, case: "Case") -> tuple[Callable[[Tensor], float], Splic
         group.step(tokens)
         return float(next(iter(group.outputs.values())).loss)
 
-    return step, group.model
+    return step, group
+
+
+@contextmanager
+def as_in_a_run(group: Group, n_pos: int) -> Iterator[None]:
+    """What the package's training loop takes its steps under."""
+    with group.model.running(), kept_memory(largest_block([group], group.plan.prompts_per_forward * n_pos)):
+        yield
 
 
 @dataclass(frozen=True)
@@ -350,8 +359,8 @@ def measure(case: Case) -> dict[str, Any]:
         def make_step() -> Callable[[Tensor], float]:
             if case.side == "naive":
                 return naive_step(model, shape, case.objective)
-            step, splice = our_step(model, case)
-            stack.enter_context(splice.running())
+            step, group = our_step(model, case)
+            stack.enter_context(as_in_a_run(group, shape.n_pos))
             return step
 
         found = measured_steps(make_step, random_batches(case.steps, shape.n_prompts, shape.n_pos, shape.d_vocab))

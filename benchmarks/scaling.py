@@ -14,7 +14,7 @@ import sys
 import time
 
 import torch
-from measure import SHAPES, Case, load_model, our_step
+from measure import SHAPES, Case, as_in_a_run, load_model, our_step
 
 from sae_lens_e2e.training import ranks
 
@@ -23,10 +23,10 @@ def seconds_a_step(shape_name: str, steps: int) -> float:
     """In one of the processes, all of which are given the same prompts."""
     ranks.begin()
     shape = SHAPES[shape_name]
-    step, splice = our_step(load_model(shape), Case(shape_name, prompts_per_forward=1))
+    step, group = our_step(load_model(shape), Case(shape_name, prompts_per_forward=1))
     generator = torch.Generator().manual_seed(1)
     seconds: list[float] = []
-    with splice.running():
+    with as_in_a_run(group, shape.n_pos):
         for _ in range(steps + 2):
             tokens = torch.randint(0, 50257, (shape.n_prompts, shape.n_pos), generator=generator)
             start = time.perf_counter()

@@ -93,7 +93,8 @@ def test_whoever_trains_or_evaluates_reads_the_same_tokens(tmp_path: Path) -> No
         flags = ["--batch-size-prompts", "4", "--max-tokens", "1024"]
         assert main(["evaluate", str(folder / "command"), *flags]) == 0
         page = folder / "report.html"
-        assert main(["report", str(folder / "run"), "--measures", "evaluation", "--output", str(page), *flags]) == 0
+        flags += ["--measures", "evaluation", "--figures", "pareto", "--output", str(page)]
+        assert main(["report", str(folder / "run"), *flags]) == 0
         assert read_evaluation(point) == read_evaluation(folder / "command") == found
         reported = pd.read_csv(folder / "report_data" / "evaluation.csv")
         assert reported["ce_loss_with_sae"][0] == pytest.approx(found.ce_loss_with_sae, abs=1e-6)
@@ -151,9 +152,8 @@ def test_the_command_line_evaluates_on_what_it_kept(
 ) -> None:
     dataset, seen, out = stories(tmp_path, 30), Seen(monkeypatch), tmp_path / "out"
     # All that there is, more than once.
-    given = settings(dataset, training_tokens=64 * 400, output_path=str(out)) | (
-        {} if part is None else {"held_out": part}
-    )
+    amounts = {"store_batch_size_prompts": 16, "train_batch_size_tokens": 512, "training_tokens": 512 * 50}
+    given = settings(dataset, output_path=str(out), **amounts) | ({} if part is None else {"held_out": part})
     (tmp_path / "run.json").write_text(json.dumps(given))
     assert main(["train", "--config", str(tmp_path / "run.json")]) == 0
     assert SAE.load_from_disk(out).cfg.metadata.held_out == (0.1 if part is None else part)
@@ -166,6 +166,6 @@ def test_the_command_line_evaluates_on_what_it_kept(
     # Cut into prompts elsewhere, not all that was trained on is found again.
     assert seen.share() > 0.4 if part == 0.0 else seen.share() < 0.05
     page = tmp_path / "report.html"
-    flags = ["--measures", "evaluation", "--output", str(page), "--batch-size-prompts", "2"]
+    flags = ["--measures", "evaluation", "--figures", "pareto", "--output", str(page), "--batch-size-prompts", "2"]
     assert main(["report", str(out), *flags]) == 0
     assert ("were kept back" in page.read_text()) == warned

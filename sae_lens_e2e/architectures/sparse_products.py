@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from sae_lens_e2e.architectures.row_norms import is_row_norms, row_norms
+
 MAX_DENSITY = 0.05
 """A product over active features pays where no more than this part of them fires: a multiplication costs it some ten times as much."""
 MIN_WIDTH = 128
@@ -39,7 +41,7 @@ _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.
 class SparseProducts(TorchFunctionMode):
     """While it is entered, matrix products with features on one side go over those that are not zero, if they are few.
 
-    Exact but for the order of sums, whatever the architecture: what is few is counted each time. On a CPU, in float32 or float64; anything
+    And the norms of a wide decoder's rows have a gradient of one pass (see `row_norms`). Exact but for the order of sums, whatever the architecture: what is few is counted each time. On a CPU, in float32 or float64; anything
     else is left to PyTorch, and so is an SAE that is too small to gain. `zero_where_off` says that nothing asks for the gradient of a feature
     that is off (see `ZERO_WHERE_OFF`), so that it need not be formed.
     """
@@ -57,6 +59,8 @@ class SparseProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _MATMULS and not kwargs and _pays(*args):
             return _Product.apply(*args, self.zero_where_off)
+        if is_row_norms(func, args, kwargs) and len(args[0]) >= MIN_FEATURES:
+            return row_norms(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -95,14 +99,23 @@ class _Product(torch.autograd.Function):
         features = _if_sparse(grad) if grad.shape[1] > left.shape[1] else None
         if features is None:
             return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None
-        of_right = _times(_transposed(features), left).T if wants_right else None
+        of_right = _times(_transposed(features), _by_columns(left)).T if wants_right else None
         return _times(features, right.T) if wants_left else None, of_right, None
 
 
 def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """A CSR matrix times a dense one. `features @ x` would fill its result with zeros first, and copy it."""
-    out = x.new_empty(features.shape[0], x.shape[1])
+    """A CSR matrix times a dense one, laid out by rows or by columns as that is: MKL would copy one of two that differ.
+
+    `features @ x` would fill its result with zeros first, and copy it.
+    """
+    m, n = features.shape[0], x.shape[1]
+    out = x.new_empty(m, n) if x.is_contiguous() else x.new_empty(n, m).T
     return torch.addmm(out, features, x, beta=0, out=out)
+
+
+def _by_columns(x: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
+    """A matrix laid out by columns: of an encoder's product so, the gradient of its weights is laid out as these are, and not copied."""
+    return x.T.contiguous().T
 
 
 def _of_features(

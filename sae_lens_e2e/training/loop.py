@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.splice import SplicedModel
 from sae_lens_e2e.training import ranks
+from sae_lens_e2e.training.memory import kept_memory, largest_block
 from sae_lens_e2e.training.plan import StepPlan
 from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.statistics import estimate_statistics
@@ -45,14 +46,18 @@ def fit(
     longest = max(group.first.cfg.total_training_samples for group in groups)
     done = max(group.first.n_training_samples for group in groups)
     n_saes = sum(len(group.trainers) for group in groups)
-    with tqdm(
-        total=longest,
-        initial=done,
-        desc=f"Training {n_saes} SAE{'s' * (n_saes > 1)}",
-        unit="token",
-        unit_scale=True,
-        disable=not ranks.is_first(),
-    ) as progress:
+    largest = largest_block(groups, plan.prompts_per_forward * batches.store.context_size)
+    with (
+        kept_memory(largest),
+        tqdm(
+            total=longest,
+            initial=done,
+            desc=f"Training {n_saes} SAE{'s' * (n_saes > 1)}",
+            unit="token",
+            unit_scale=True,
+            disable=not ranks.is_first(),
+        ) as progress,
+    ):
         while running:
             standing([group for group in running if group.is_done], end, on_failure)
             running = [group for group in running if not group.is_done]
