@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CIRCUIT_TRACER := .venv-circuit-tracer
 SPARSIFY := .venv-sparsify
 
-.PHONY: demo test test-long test-dashboard test-circuit-tracer lint benchmark benchmark-peers clean
+.PHONY: demo test test-long test-accessibility test-dashboard test-circuit-tracer lint benchmark benchmark-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ test: $(INSTALLED)
 # Runs killed some hundred times and started again, with a table of how it went: a quarter of an hour or more.
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long tests/reliability
+
+# What axe-core finds on the pages, in a Chromium: both have to be there, axe-core from npm.
+test-accessibility: $(INSTALLED)
+	test -f node_modules/axe-core/axe.min.js || npm install --no-save --no-package-lock --silent axe-core
+	$(BIN)/python -m pytest -rs tests/test_features.py tests/test_report.py -k barrier
 
 # SAEDashboard itself, in an environment that is made for it once: some minutes and 2 GB.
 test-dashboard: $(INSTALLED)

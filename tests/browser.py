@@ -129,3 +129,28 @@ def browser(executable: str) -> Iterator[Page]:
             process.wait()
             os.close(to_browser[1])
             os.close(from_browser[0])
+
+
+# axe-core looks for what keeps people from reading a page.
+
+AXE = "SAE_LENS_E2E_AXE"
+"""The environment variable that names axe-core's axe.min.js, if it is not in node_modules here."""
+
+
+def axe() -> Path | None:
+    """The path of axe-core's script, or None where there is none."""
+    named = os.environ.get(AXE)
+    path = Path(named) if named else Path(__file__).parents[1] / "node_modules/axe-core/axe.min.js"
+    return path if path.is_file() else None
+
+
+def barriers(page: Page, script: Path) -> list[str]:
+    """What axe-core finds serious or critical on an open page, everything that is folded opened."""
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.evaluate(f"{script.read_text(encoding='utf-8')};0")
+    found = page.evaluate("axe.run().then((found) => found.violations)")
+    return [
+        f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]

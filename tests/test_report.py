@@ -37,7 +37,7 @@ from sae_lens_e2e.studies.geometry import Geometry, Interval
 from sae_lens_e2e.training.history import write_history
 from tests.apollo import HOOK as APOLLO_HOOK
 from tests.apollo import golden_parameters, run_config, write_run
-from tests.browser import browser, chromium
+from tests.browser import AXE, axe, barriers, browser, chromium
 from tests.models import GOLDEN, apollo_tiny4l, dataset_of, random_model, random_tokens
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -419,8 +419,8 @@ def test_of_two_columns_of_tokens_the_one_that_is_trained_on_is_read(tmp_path: P
         ({"sources": []}, "there are no sources"),
         ({"sources": ["nowhere"]}, "'nowhere' is no SAE, nor a folder of them"),
         ({"sources": ["good", "empty"]}, "is no SAE, nor a folder of them"),
-        ({"sources": ["good", "elsewhere"]}, "different hook_name cannot be compared in one report"),
-        ({"sources": ["good", "other_model"], "model": None}, "different model_name cannot be compared in one report"),
+        ({"sources": ["good", "elsewhere"]}, "different hook_name cannot be compared"),
+        ({"sources": ["good", "other_model"], "model": None}, "different model_name cannot be compared"),
         ({"sources": ["good", "other_context"]}, "differ in context_size"),
         ({"sources": ["elsewhere"], "hook_name": "blocks.2.hook_resid_pre"}, "no SAE is left to report on"),
     ],
@@ -481,13 +481,13 @@ def test_page_has_the_command_that_makes_it_again(tmp_path: Path) -> None:
     folder = save(an_sae(), tmp_path / "an sae")
     options: dict[str, Any] = {"measures": ("evaluation",), "figures": ("pareto",), "title": "It’s"}
     page = report([folder], tmp_path / "page.html", **options, max_tokens=200).read_text()
-    (command,) = re.findall(r"<pre>(sae-lens-e2e report .*)</pre>", page)
+    (command,) = re.findall(r"<pre[^>]*>(sae-lens-e2e report .*)</pre>", page)
     assert shlex.split(html.unescape(command))[2:] == [
         *(str(folder), "--output", str(tmp_path / "page.html"), "--model", "...", "--dataset", "..."),
         *("--max-tokens", "200", "--batch-size-prompts", str(BATCH), "--measures", "evaluation", "--figures", "pareto"),
         *("--title", "It’s"),
     ]
-    (train,) = re.findall(r"<pre>(sae-lens-e2e train .*)</pre>", page)
+    (train,) = re.findall(r"<pre[^>]*>(sae-lens-e2e train .*)</pre>", page)
     assert shlex.split(html.unescape(train))[2:4] == ["--config", str(folder / "runner_cfg.json")]
 
 
@@ -821,3 +821,14 @@ def test_every_figure_is_drawn_in_a_browser_which_has_nothing_to_complain_of(mad
         assert page.complaints == []
         assert page.evaluate("document.querySelector('details').open") is False
         page.evaluate("document.querySelector('[data-copy]').click()")
+
+
+def test_nothing_on_the_page_is_a_barrier(made: Path) -> None:
+    executable, script = chromium(), axe()
+    if executable is None or script is None:
+        pytest.skip(f"it takes a Chromium, and axe-core: npm install axe-core, or {AXE}=PATH/axe.min.js")
+    with browser(executable) as page:
+        for width, dark in ((1280, False), (390, True)):
+            page.open(made, width=width, dark=dark)
+            page.wait_for("[...document.querySelectorAll('.plot')].every((plot) => plot.dataset.drawn)")
+            assert barriers(page, script) == []

@@ -8,6 +8,7 @@ import torch
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e._upstream import InterruptedException
+from sae_lens_e2e.cli.features import features
 from sae_lens_e2e.cli.finetune import finetune
 from sae_lens_e2e.cli.measure import evaluate, sweep
 from sae_lens_e2e.cli.objectives import objectives
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "sweep": (sweep, "train and evaluate a grid of SAEs from one file"),
     "evaluate": (evaluate, "measure what SAEs cost their language model"),
     "report": (report, "everything the paper measured and drew, of any SAEs, on one page"),
+    "features": (features, "what an SAE's features fire on and do, on one page; two SAEs side by side"),
     "objectives": (objectives, "list the objectives that are installed, and where each is from"),
     "convert": (convert, "turn Apollo's SAEs, or any of SAELens', into folders for Neuronpedia"),
     "dashboard": (dashboard, "run SAEDashboard on a folder"),

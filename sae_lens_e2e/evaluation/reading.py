@@ -75,7 +75,7 @@ def read_through(
         )
         stack.enter_context(bar)
         for number, tokens in enumerate(batches, start=1):
-            _check_vocabulary(tokens, model)
+            check_vocabulary(tokens, model)
             where = setting.positions.of(tokens)
             if where.n:
                 add(tokens, where)
@@ -90,7 +90,8 @@ def read_through(
     return Read(n_tokens, n_measured)
 
 
-def _check_vocabulary(tokens: Int[Tensor, "prompts pos"], model: SplicedModel) -> None:
+def check_vocabulary(tokens: Int[Tensor, "prompts pos"], model: SplicedModel) -> None:
+    """Raise ValueError for a token that the model cannot read, or not predict."""
     (least, largest), predicted = (int(token) for token in tokens.aminmax()), model.unembedding.d_vocab
     known = model.d_vocab_in or predicted
     if least < 0 or largest >= known:

@@ -1,6 +1,7 @@
 """What all SAEs of a report are measured on: one language model, one hook, the same tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -8,17 +9,19 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e.architectures.transcoder import widths_of
 from sae_lens_e2e.errors import one_line
+from sae_lens_e2e.evaluation.running import in_prompts, inference
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
 from sae_lens_e2e.loading import held_out_documents, load_model, model_settings
 from sae_lens_e2e.report.sources import Member, Skipped
 from sae_lens_e2e.report.store import fingerprint, fingerprint_of_module
-from sae_lens_e2e.splice import Site, SplicedModel, check_sites
+from sae_lens_e2e.splice import Site, SplicedModel, Where, check_sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +95,27 @@ def set_up(
     return bench, kept, skipped
 
 
+def features_by_batch(
+    members: Sequence[Member], bench: Bench, description: str, verbose: bool = True
+) -> Iterator[tuple[Where, Mapping[str, Float[Tensor, "batch pos d_sae"]]]]:
+    """Every SAE's features of every batch by its name, and the tokens that count; the model is run no further than the hook."""
+    splice, site = bench.splice, bench.setting.site
+    with ExitStack() as stack:
+        for context in (splice.running(), *(inference(one.sae) for one in members)):
+            stack.enter_context(context)
+        for tokens in tqdm(bench.tokens.split(bench.batch_size_prompts), description, leave=False, disable=not verbose):
+            x = in_prompts(site, splice.clean(tokens.to(splice.device), [site], final=False).at[site.read])
+            features = {one.name: one.sae.encode(x.to(one.sae.device)) for one in members}
+            yield bench.setting.positions.of(tokens), features
+
+
 def _dataset_name(members: Sequence[Member], given: bool) -> str:
     names = {str(member.sae.cfg.metadata.dataset_path) for member in members}
     if given:
         return "the dataset that was passed in"
-    if len(names) > 1 or names == {"None"}:
+    if names == {"None"}:
+        raise ValueError("the SAEs' metadata name no dataset_path; say what to measure on with dataset= (--dataset)")
+    if len(names) > 1:
         raise ValueError(f"the SAEs were trained on {', '.join(sorted(names))}; say what to measure on with dataset=")
     return names.pop()
 

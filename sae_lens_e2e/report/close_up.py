@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.features import FeatureSums
-from sae_lens_e2e.evaluation.running import in_prompts, inference
-from sae_lens_e2e.report.bench import Bench
+from sae_lens_e2e.report.bench import Bench, features_by_batch
 from sae_lens_e2e.report.evaluations import ALIVE_TOKENS
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sources import Member
@@ -59,15 +58,9 @@ def live_features(members: Sequence[Member], bench: Bench, verbose: bool = True)
     if not members:
         return {}
     sums = {one.name: FeatureSums(one.sae.cfg.d_sae, ALIVE_TOKENS, one.sae.device) for one in members}
-    splice, site = bench.splice, bench.setting.site
-    batches = bench.tokens.split(bench.batch_size_prompts)
-    with splice.running():
-        for tokens in tqdm(batches, "Live features", leave=False, disable=not verbose):
-            x = in_prompts(site, splice.clean(tokens.to(splice.device), [site], final=False).at[site.read])
-            where = bench.setting.positions.of(tokens)
-            for one in members:
-                with inference(one.sae):
-                    sums[one.name].add(one.sae.encode(x.to(one.sae.device)), where)
+    for where, features in features_by_batch(members, bench, "Live features", verbose):
+        for name, of_one in features.items():
+            sums[name].add(of_one, where)
     return {name: one.alive for name, one in sums.items()}
 
 

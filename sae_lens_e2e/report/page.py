@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sae_lens_e2e import pages
 from sae_lens_e2e.report.drawings import Drawing
 from sae_lens_e2e.report.findings import Finding
 from sae_lens_e2e.report.table import Table
@@ -74,29 +73,14 @@ def code(title: str, text: str) -> dict[str, Any]:
 def render(title: str, lead: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], footer: str) -> str:
     """The page as HTML, plotly's script in it once if there is a figure."""
     has_figures = any(part.get("json") for section in sections for part in section.parts)
-    return _template().render(
-        mark=MARK,
+    return pages.render(
+        _HERE / "page.html",
+        MARK,
         title=title,
         lead=lead,
         facts=facts,
         sections=sections,
         footer=footer,
-        css=Markup((_HERE / "page.css").read_text()),
-        script=Markup((_HERE / "page.js").read_text()),
+        script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()) if has_figures else "",
     )
-
-
-def is_report(path: Path) -> bool:
-    """Whether a file is a page that `render` made."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            return f'content="{MARK}"' in file.read(2000)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-@lru_cache(maxsize=1)
-def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string((_HERE / "page.html").read_text())

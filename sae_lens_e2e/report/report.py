@@ -9,12 +9,13 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e.evaluation import evaluation_frame, layers_frame, together_frame
-from sae_lens_e2e.output import check_writable, write_whole
+from sae_lens_e2e.output import write_whole
+from sae_lens_e2e.pages import check_page
 from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import check_figures, drawings
 from sae_lens_e2e.report.findings import findings
 from sae_lens_e2e.report.measure import MEASURES, check_measures, measure_all
-from sae_lens_e2e.report.page import is_report, render
+from sae_lens_e2e.report.page import MARK, render
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sections import PAPER, facts, lead, sections
 from sae_lens_e2e.report.settings import report_command
@@ -70,7 +71,7 @@ def make_report(
     output = Path(output)
     check_measures(measures)
     check_figures(figures)
-    _check_output(output)
+    check_page(output, MARK, "report")
     members, skipped = collect(sources, device, hook_name, any_model=model is not None)
     bench, members, misfits = set_up(members, model, dataset, max_tokens, batch_size_prompts, device, trust_remote_code)
     folder = output.with_name(f"{output.stem}_data")
@@ -96,14 +97,6 @@ def make_report(
     )
     write_whole(output, page)
     return output
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"output={str(output)!r} must end in .html")
-    if output.exists() and not is_report(output):
-        raise FileExistsError(f"output {str(output)!r} exists and is no report of ours; choose another name")
-    check_writable(output.parent)
 
 
 def _write_tables(made: Sequence[Table], folder: Path) -> None:

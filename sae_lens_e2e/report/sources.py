@@ -113,18 +113,18 @@ def collect(
         raise ValueError("there are no sources; name at least one folder")
     places, skipped = _places(sources)
     members: list[Member] = []
-    for name, place in _names(places).items():
+    for name, place in short_names(places).items():
         found = _load(name, place, device, hook_name)
         members += found if isinstance(found, list) else []
         skipped += [found] if isinstance(found, Skipped) else []
     if not members:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped) or f"none is at hook_name={hook_name!r}"
         raise ValueError(f"no SAE is left to report on ({reasons})")
-    _check_one(members, "hook_name", "choose one with hook_name=")
-    _check_one(members, "hook_name_out", "report on transcoders of one hook to another")
-    _check_one(members, "hook_head_index", "report on one head at a time")
+    check_one(members, "hook_name", "choose one with hook_name=")
+    check_one(members, "hook_name_out", "report on transcoders of one hook to another")
+    check_one(members, "hook_head_index", "report on one head at a time")
     if not any_model:
-        _check_one(members, "model_name", "if these are one model, say which with model=")
+        check_one(members, "model_name", "if these are one model, say which with model=")
     return sorted(members, key=_order), skipped
 
 
@@ -196,7 +196,7 @@ def _unusable(folder: Path) -> str | None:
     return None
 
 
-def _names(places: Sequence[str]) -> dict[str, str]:
+def short_names(places: Sequence[str]) -> dict[str, str]:
     """Each place by the shortest end of its path that no other has."""
     parts = {place: Path(place).absolute().parts if Path(place).exists() else (place,) for place in places}
     names: dict[str, str] = {}
@@ -231,13 +231,14 @@ def _check_usable(name: str, sae: SAE[Any]) -> None:
         raise ValueError("its metadata do not say at which hook it sits")
 
 
-def _check_one(members: Sequence[Member], field: str, advice: str) -> None:
+def check_one(members: Sequence[Member], field: str, advice: str) -> None:
+    """Raise ValueError, saying what to do, for SAEs of which a field of the metadata is not the same."""
     first: dict[Any, str] = {}
     for member in members:
         first.setdefault(member.sae.cfg.metadata[field], member.name)
     if len(first) > 1:
         each = ", ".join(f"{name} has {value!r}" for value, name in first.items())
-        raise ValueError(f"SAEs of different {field} cannot be compared in one report ({each}); {advice}")
+        raise ValueError(f"SAEs of different {field} cannot be compared ({each}); {advice}")
 
 
 def _order(member: Member) -> tuple[Any, ...]:
