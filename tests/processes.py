@@ -23,7 +23,7 @@ LIMIT = 240.0
 
 # A process of one thread, so that a copy of it cannot wait for a lock that a thread of ours held at that moment.
 _COPIES = multiprocessing.get_context("forkserver")
-_COPIES.set_forkserver_preload(["sae_lens_e2e.cli", "tests.reliability.runs"])
+_COPIES.set_forkserver_preload(["sae_lens_e2e.cli.train", "sae_lens_e2e.cli.finetune", "tests.reliability.runs"])
 # Another, that knows SAELens alone: whoever loads what we have saved.
 _STOCK = forkserver.ForkServer()
 _STOCK.set_forkserver_preload(["sae_lens"])

@@ -1,43 +1,55 @@
-"""The command line, `sae-lens-e2e`: one module a command, or a few that belong together."""
+"""The command line, `sae-lens-e2e`: a module a command, imported when that is given, and what it runs when its arguments are known to be right."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-
-import torch
+from importlib import import_module
 
 from sae_lens_e2e import __version__
-from sae_lens_e2e._upstream import InterruptedException
-from sae_lens_e2e.cli.features import features
-from sae_lens_e2e.cli.finetune import finetune
-from sae_lens_e2e.cli.measure import evaluate, sweep
-from sae_lens_e2e.cli.objectives import objectives
-from sae_lens_e2e.cli.report import report
-from sae_lens_e2e.cli.share import convert, dashboard, upload
-from sae_lens_e2e.cli.train import train
+from sae_lens_e2e.cli.examples import TRAIN
+from sae_lens_e2e.cli.messages import told
+from sae_lens_e2e.cli.parser import Parser, nearest
+from sae_lens_e2e.cli.short_help import HELP_ALL, is_asked, short_help
+from sae_lens_e2e.cli.terminal import RED, styled
 from sae_lens_e2e.errors import named_line, one_line
-from sae_lens_e2e.training import ranks
-from sae_lens_e2e.training.trainer import NonFiniteLossError
+from sae_lens_e2e.launch import has_ranks
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "train": (train, "train an SAE, or several together; every field of the config is a flag"),
-    "finetune": (finetune, "finetune SAEs that somebody has trained, and compare before and after"),
-    "sweep": (sweep, "train and evaluate a grid of SAEs from one file"),
-    "evaluate": (evaluate, "measure what SAEs cost their language model"),
-    "report": (report, "everything the paper measured and drew, of any SAEs, on one page"),
-    "features": (features, "what an SAE's features fire on and do, on one page; two SAEs side by side"),
-    "objectives": (objectives, "list the objectives that are installed, and where each is from"),
-    "convert": (convert, "turn Apollo's SAEs, or any of SAELens', into folders for Neuronpedia"),
-    "dashboard": (dashboard, "run SAEDashboard on a folder"),
-    "upload": (upload, "put folders on the Hugging Face Hub, with a model card"),
+PROG = "sae-lens-e2e"
+
+Command = Callable[[list[str]], None]
+
+
+def _late(name: str) -> Command:
+    """The function of a command's name in the module of its name, which is imported when it is called."""
+
+    def command(arguments: list[str]) -> None:
+        if is_asked(name, arguments):
+            print(short_help(name), end="")
+            raise SystemExit(0)
+        arguments = ["--help" if argument == HELP_ALL else argument for argument in arguments]
+        getattr(import_module(f"{__name__}.{name}"), name)(arguments)
+
+    return command
+
+
+# A new one is a module cli/NAME.py with a function NAME, and a line here.
+_SAID = {
+    "train": "train an SAE, or several together; every field of the config is a flag",
+    "finetune": "finetune SAEs that somebody has trained, and compare before and after",
+    "sweep": "train and evaluate a grid of SAEs from one file",
+    "evaluate": "measure what SAEs cost their language model",
+    "report": "everything the paper measured and drew, of any SAEs, on one page",
+    "features": "what an SAE's features fire on and do, on one page; two SAEs side by side",
+    "objectives": "list the objectives that are installed, and where each is from",
+    "convert": "turn Apollo's SAEs, or any of SAELens', into folders for Neuronpedia",
+    "dashboard": "run SAEDashboard on a folder",
+    "upload": "put folders on the Hugging Face Hub, with a model card",
 }
 
+COMMANDS: dict[str, tuple[Command, str]] = {name: (_late(name), said) for name, said in _SAID.items()}
 
 _IN_STEP = ("train", "sweep", "finetune")
 """Commands in which ranks take part that torchrun has started; the others are rank 0's."""
-
-_SAY_IT_THEMSELVES = (ValueError, TypeError, OSError, ImportError, NonFiniteLossError, argparse.ArgumentError)
-"""Errors whose message names what is to be put right; of any other the kind is said too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,51 +57,97 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Of several ranks the one that something went wrong on says it, and the others wait until it has. With --debug, anywhere on the command line, an error is raised instead.
     """
-    parser = argparse.ArgumentParser(
-        prog="sae-lens-e2e",
+    try:
+        parsed = _parser().parse_args(argv)
+    except ValueError as error:
+        return _failed(PROG, f"{error} (--help shows what there is)")
+    arguments = [argument for argument in parsed.arguments if argument not in ("--debug", "-v")]
+    if parsed.command not in COMMANDS:
+        near = nearest(parsed.command, COMMANDS)
+        return _failed(PROG, f"there is no command {parsed.command!r}{near} (--help lists them)")
+    prog = f"{PROG} {parsed.command}"
+    with told(parsed.verbose or "-v" in parsed.arguments):
+        return _run(parsed.command, arguments, prog, parsed.debug or "--debug" in parsed.arguments)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROG,
         description="Train sparse autoencoders end to end with SAELens.",
-        epilog="commands:\n" + "\n".join(f"  {name:<12} {help_text}" for name, (_, help_text) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<12} {said}" for name, (_, said) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        example=TRAIN,
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from, not only what it says")
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; each takes --help")
+    parser.add_argument("-v", dest="verbose", action="store_true", help="say more of what is done, and every warning")
+    parser.add_argument("command", metavar="command", help="see below; each takes --help, and --debug and -v as well")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parsed = parser.parse_args(argv)
-    arguments = [argument for argument in parsed.arguments if argument != "--debug"]
-    debug = parsed.debug or len(arguments) < len(parsed.arguments)
+    return parser
+
+
+def _run(command: str, arguments: list[str], prog: str, debug: bool) -> int:
     try:
-        ranks.begin()
-        if ranks.is_first() or parsed.command in _IN_STEP:
-            COMMANDS[parsed.command][0](arguments)
-    except InterruptedException:
+        if _takes_part(command):
+            COMMANDS[command][0](arguments)
+    except _raised_by("sae_lens_e2e._upstream", "InterruptedException"):
+        from sae_lens_e2e.training import ranks
+
         if ranks.is_first():
-            print(
-                f"sae-lens-e2e {parsed.command}: interrupted; what was trained is in the checkpoints", file=sys.stderr
-            )
+            _failed(prog, "interrupted; what was trained is in the checkpoints")
         ranks.outlive(0)
         return 130
-    except ranks.RankError as error:
-        ranks.outlive(error.rank)
+    except _raised_by("sae_lens_e2e.training.ranks", "RankError") as error:
+        from sae_lens_e2e.training import ranks
+
+        ranks.outlive(error.rank)  # pyright: ignore[reportAttributeAccessIssue]
         return 2
-    except ranks.RankLost as error:
-        if ranks.is_first() or isinstance(error.__cause__, torch.OutOfMemoryError):
-            print(f"sae-lens-e2e {parsed.command}: {error}", file=sys.stderr)
-        return 2
+    except _raised_by("sae_lens_e2e.training.ranks", "RankLost") as error:
+        from sae_lens_e2e.training import ranks
+
+        return _failed(prog, str(error)) if ranks.is_first() or _is_out_of_memory(error.__cause__) else 2
     except KeyboardInterrupt:
-        print(f"sae-lens-e2e {parsed.command}: interrupted", file=sys.stderr)
-        return 130
+        return _failed(prog, "interrupted", 130)
     except Exception as error:
         if debug:
             raise
-        print(f"sae-lens-e2e {parsed.command}: {_said(error)}", file=sys.stderr)
-        return 2
+        return _failed(prog, _said(error))
     return 0
 
 
+def _takes_part(command: str) -> bool:
+    """Whether this process runs a command, once it knows of the others that torchrun has started, if it has."""
+    if not has_ranks():
+        return True
+    from sae_lens_e2e.training import ranks
+
+    ranks.begin()
+    return ranks.is_first() or command in _IN_STEP
+
+
+def _raised_by(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """An exception class of a module, or none where that has not been imported, so that nothing can have raised it."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    return isinstance(error, (MemoryError, *_raised_by("torch", "OutOfMemoryError")))
+
+
+def _failed(prog: str, said: str, code: int = 2) -> int:
+    print(f"{styled(f'{prog}:', RED, sys.stderr)} {said}", file=sys.stderr)
+    return code
+
+
 def _said(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if _is_out_of_memory(error):
         return f"out of memory; run fewer prompts at a time, or fewer SAEs together ({named_line(error)})"
-    if isinstance(error, _SAY_IT_THEMSELVES) and str(error).strip():
+    # Their messages name what is to be put right; of any other error the kind is said too.
+    non_finite = _raised_by("sae_lens_e2e.training.trainer", "NonFiniteLossError")
+    if (
+        isinstance(error, (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError, *non_finite))
+        and str(error).strip()
+    ):
         return one_line(error)
     return f"{named_line(error)} (--debug shows where)"

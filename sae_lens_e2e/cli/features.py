@@ -11,7 +11,11 @@ def features(arguments: list[str]) -> None:
     Without --feature it takes live features spread over how often they fire; with --compare first those that one of the two SAEs has
     and the other lacks.
     """
-    parser = Parser(prog="sae-lens-e2e features", description=features.__doc__)
+    parser = Parser(
+        prog="sae-lens-e2e features",
+        description=features.__doc__,
+        example="sae-lens-e2e features my_sae --compare my_finetuned_sae --output features.html",
+    )
     parser.add_argument("sae", help="an SAE: a folder, a released SAE by name, or Apollo's (see load_apollo_sae)")
     parser.add_argument("--feature", nargs="+", action="extend", type=int, help="these features, by number")
     parser.add_argument("--compare", metavar="OTHER", help="another SAE of the same hook")
@@ -34,7 +38,6 @@ def features(arguments: list[str]) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="(default: cpu)")
     add_trust(parser)
     parsed = parser.parse_args(arguments or ["--help"])
-    # Here, because the other commands do without the extra that pages need.
     from sae_lens_e2e.features import make_features_page
 
     page = make_features_page(

@@ -6,7 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sae_lens_e2e.cli.parser import SettingsParser, add_trust
+from sae_lens_e2e.cli.examples import FINETUNE
+from sae_lens_e2e.cli.parser import add_trust
+from sae_lens_e2e.cli.settings_parser import SettingsParser
 from sae_lens_e2e.cli.train_flags import flags_of_a_finetune, parsed_yaml
 from sae_lens_e2e.finetuning import Finetuned
 from sae_lens_e2e.finetuning import finetune as run_finetune
@@ -37,6 +39,7 @@ def parse_finetune(arguments: Sequence[str]) -> dict[str, Any]:
         f"{RECIPE['objective']}, learning rate {RECIPE['lr']} falling linearly to 0, over 5 %% of the tokens that they were trained on or, where "
         f"those are not known, {TRAINING_TOKENS:,}. Several are trained together. L0 is held as far as the architecture can. Every "
         "field of a run is a flag, and so is every setting of a training SAE (--l1_coefficient, --k, ...).",
+        example=FINETUNE,
     )
     parser.add_argument(
         "sources",

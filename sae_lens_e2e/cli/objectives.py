@@ -10,7 +10,9 @@ from sae_lens_e2e.training.stages import WARM, WARM_UNTIL
 def objectives(arguments: list[str]) -> None:
     """Print each objective, the package it is from, and its settings; then how they start from a local one."""
     Parser(
-        prog="sae-lens-e2e objectives", description="List the objectives that are installed, and where each is from."
+        prog="sae-lens-e2e objectives",
+        description="List the objectives that are installed, and where each is from.",
+        example="sae-lens-e2e objectives",
     ).parse_args(arguments)
     for name, found in sorted(available_objectives().items()):
         settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found.objective))

@@ -7,7 +7,11 @@ from sae_lens_e2e.cli.parser import Parser, add_trust, device
 
 def report(arguments: list[str]) -> None:
     """Measure SAEs and write one self-contained HTML page on them, with what agrees with the paper and what does not."""
-    parser = Parser(prog="sae-lens-e2e report", description=report.__doc__)
+    parser = Parser(
+        prog="sae-lens-e2e report",
+        description=report.__doc__,
+        example="sae-lens-e2e report output/my_sweep --output report.html --max-tokens 100000",
+    )
     parser.add_argument("folder", nargs="+", help="SAEs, sweeps, or SAEs of Apollo's (see load_apollo_sae)")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
     parser.add_argument("--model", help="'embedded', a folder or a name on the Hub (default: as in the SAEs' metadata)")
@@ -23,7 +27,6 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="(default: cpu)")
     add_trust(parser)
     parsed = parser.parse_args(arguments or ["--help"])
-    # Here, because the other commands do without the extra that figures need.
     from sae_lens_e2e.report import MEASURES, make_report
 
     page = make_report(

@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lens_e2e.cli.parser import SettingsParser
+from sae_lens_e2e.cli.examples import TRAIN
+from sae_lens_e2e.cli.outcome import summary, warn_of_repeats
+from sae_lens_e2e.cli.settings_parser import SettingsParser
 from sae_lens_e2e.cli.train_flags import AS_YAML, flags_of_one_sae, flags_of_several_saes, settings_of_one_sae
 from sae_lens_e2e.loading import HELD_OUT, is_local, load_documents, load_model, model_class_of
 from sae_lens_e2e.loading.saes import is_sae_folder
@@ -33,11 +36,14 @@ def train(arguments: list[str]) -> None:
     make_ready(cfg, held_out)
     ranks.first(lambda: _claim(cfg, overwrite))
     with ranks.together():
-        loaded = _loaded(cfg, held_out)
-    if isinstance(cfg, E2EMultiRunnerConfig):
-        E2EMultiTrainingRunner(cfg, **loaded).run(overwrite)
-    else:
-        E2ETrainingRunner(cfg, **loaded).run(overwrite)
+        loaded, kept = _loaded(cfg, held_out)
+    several = isinstance(cfg, E2EMultiRunnerConfig)
+    runner = E2EMultiTrainingRunner(cfg, **loaded) if several else E2ETrainingRunner(cfg, **loaded)
+    warn_of_repeats(runner)
+    began = time.monotonic()
+    runner.run(overwrite)
+    seconds = time.monotonic() - began
+    ranks.first(lambda: print(summary(runner, kept, seconds)))
 
 
 def _claim(cfg: E2ERunnerConfig[Any] | E2EMultiRunnerConfig, overwrite: bool) -> None:
@@ -48,19 +54,19 @@ def _claim(cfg: E2ERunnerConfig[Any] | E2EMultiRunnerConfig, overwrite: bool) ->
         raise FileExistsError(f"output {cfg.output_path!r} is the folder of one SAE; choose another for several")
 
 
-def _loaded(cfg: Any, held_out: float) -> dict[str, Any]:
-    """The runner's overrides: the documents, without those that are held out, and a model that SAELens has no name for.
+def _loaded(cfg: Any, held_out: float) -> tuple[dict[str, Any], Any]:
+    """The runner's overrides, which are the documents, without those that are held out, and a model that SAELens has no name for; and the held out.
 
     That is the embedded one, or a folder's. The config, and with it the SAE's metadata, is made to name the class that a model's folder gave.
     """
-    documents, _ = load_documents(cfg.dataset_path, held_out, cfg.streaming)
+    documents, kept = load_documents(cfg.dataset_path, held_out, cfg.streaming)
     overrides: dict[str, Any] = {"override_dataset": documents, "held_out": held_out}
     if is_local(cfg.model_name):
         model = load_model(cfg.model_name, cfg.llm_device, cfg.model_class_name, cfg.model_from_pretrained_kwargs)
         if (had := model_class_of(model)) != cfg.model_class_name:
             cfg.model_class_name, cfg.model_from_pretrained_kwargs = had, {}
         overrides["override_model"] = model
-    return overrides
+    return overrides, kept
 
 
 def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any] | E2EMultiRunnerConfig, bool, float]:
@@ -85,6 +91,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[E2ERunnerConfig[Any] | E2EMul
         allow_abbrev=False,
         description="Train an SAE with an end-to-end objective, or several together: those under `saes` in a --config file, each with "
         "its architecture, at `hook_names`, by name.",
+        example=f"sae-lens-e2e train --config {from_file.config}" if several else TRAIN,
     )
     parser.add_argument("--config", metavar="FILE", help="take settings from a YAML or JSON file; flags override it")
     parser.add_argument(

@@ -1,4 +1,7 @@
-"""Training objectives: what an SAE's output is compared with, and with what weight."""
+"""Training objectives: what an SAE's output is compared with, and with what weight.
+
+Their modules import torch where it is called, so that those that come with the package are listed, with their settings, without it.
+"""
 
 from sae_lens_e2e.objectives.base import CE_PRODUCTS, KL_PRODUCTS, Coefficient, Objective, Term
 from sae_lens_e2e.objectives.batch import Batch, Part

@@ -1,17 +1,22 @@
 """What an objective is."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from jaxtyping import Float
-from torch import Tensor
 from typing_extensions import Self
 
-from sae_lens_e2e.objectives.batch import Batch
 from sae_lens_e2e.objectives.schedule import Schedule
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_lens_e2e.objectives.batch import Batch
 
 Coefficient: TypeAlias = Any
 """A number, or a `Schedule` or its points, in whose place `Objective.at` puts a number before `terms` is called.

@@ -1,14 +1,18 @@
 """What an objective is given to compare: one spliced pass of one micro-batch, and the clean pass beside it."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sae_lens_e2e.objectives.running import RunningMeans
-from sae_lens_e2e.splice import Remembered, Unembedding, Where
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from sae_lens_e2e.splice import Remembered, Unembedding, Where
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Batch:
         The mean is such that micro-batches, each weighed by its trained tokens, add up to that of the step. Raises ValueError
         for an objective with `compares_logits = False`.
         """
+        import torch
+
         unembedding, spliced, _ = self._finals()
         if token_weights is None and self.label_rate:
             # Of a micro-batch with few tokens this may be less than one.

@@ -1,13 +1,17 @@
 """Preserve what the language model is for: its loss on the text itself."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
 from sae_lens_e2e.objectives.base import CE_PRODUCTS, Coefficient, Term
-from sae_lens_e2e.objectives.batch import Batch
 from sae_lens_e2e.objectives.in_passes import InPasses
+
+if TYPE_CHECKING:
+    from sae_lens_e2e.objectives.batch import Batch
 
 
 @dataclass(frozen=True)

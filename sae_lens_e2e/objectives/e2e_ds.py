@@ -1,16 +1,19 @@
 """SAE_e2e+ds: preserve the output, and the activations on the way to it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import Self, override
 
 from sae_lens_e2e.objectives.base import KL_PRODUCTS, Coefficient, Term
-from sae_lens_e2e.objectives.batch import Batch
 from sae_lens_e2e.objectives.in_passes import InPasses
-from sae_lens_e2e.objectives.terms import downstream_mse, mean_over_hooks
+
+if TYPE_CHECKING:
+    from sae_lens_e2e.objectives.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class E2EDownstream(InPasses):
 
     @override
     def terms(self, batch: Batch) -> dict[str, Term]:
+        from sae_lens_e2e.objectives.terms import downstream_mse, mean_over_hooks
+
         by_hook = cache(lambda: downstream_mse(batch.spliced, batch.clean))
         return {
             "kl": Term(self.kl_coefficient, lambda: batch.kl()),

@@ -1,22 +1,25 @@
 """KL divergence and reconstruction, balanced: Karvonen's finetuning loss."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_e2e.objectives.base import KL_PRODUCTS, Coefficient, Term
-from sae_lens_e2e.objectives.batch import Batch
 from sae_lens_e2e.objectives.in_passes import InPasses
-from sae_lens_e2e.objectives.terms import balance, relative_mse
 
-Scalar = Float[Tensor, ""]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_lens_e2e.objectives.batch import Batch
+
+    Scalar = Float[Tensor, ""]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class KLAndMSE(InPasses):
     def _mse(self, batch: Batch) -> tuple[dict[str, Term], Callable[[], Scalar]]:
         if len(batch.parts) == 1:
             return {"mse_loss": Term(self.mse_coefficient, lambda: batch.mse_loss)}, lambda: batch.mse_loss
+        from sae_lens_e2e.objectives.terms import relative_mse
+
         by_name = cache(lambda: {name: relative_mse(part.output, part.target) for name, part in batch.parts.items()})
         total = cache(lambda: _sum(by_name()))
         return {
@@ -86,12 +91,16 @@ class KLAndMSE(InPasses):
             "mse_loss": Term(0.0, lambda: batch.mse_loss),
         }, total
 
-    @torch.no_grad()
     def _alpha(self, batch: Batch, kl: Scalar, mse: Callable[[], Scalar]) -> Scalar:
-        if self.alpha is not None:
-            return torch.full_like(kl, self.alpha)
-        now = balance(mse().to(kl.device), kl)
-        return batch.running_mean("alpha", now, self.alpha_decay) if self.alpha_decay else now
+        import torch
+
+        from sae_lens_e2e.objectives.terms import balance
+
+        with torch.no_grad():
+            if self.alpha is not None:
+                return torch.full_like(kl, self.alpha)
+            now = balance(mse().to(kl.device), kl)
+            return batch.running_mean("alpha", now, self.alpha_decay) if self.alpha_decay else now
 
 
 def _sum(losses: Mapping[str, Scalar]) -> Scalar:

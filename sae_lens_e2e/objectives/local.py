@@ -1,12 +1,16 @@
 """The baseline: reconstruct the activation where the SAE sits."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
 from sae_lens_e2e.objectives.base import Coefficient, Objective, Term
-from sae_lens_e2e.objectives.batch import Batch
+
+if TYPE_CHECKING:
+    from sae_lens_e2e.objectives.batch import Batch
 
 
 @dataclass(frozen=True)

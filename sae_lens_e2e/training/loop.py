@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from sae_lens_e2e._upstream import InterruptedException
 from sae_lens_e2e.splice import SplicedModel
 from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.memory import kept_memory, largest_block
 from sae_lens_e2e.training.plan import StepPlan
+from sae_lens_e2e.training.progress import Progress
 from sae_lens_e2e.training.prompts import PromptBatches
 from sae_lens_e2e.training.statistics import estimate_statistics
 from sae_lens_e2e.training.step import OnFailure, reraise, standing, step
@@ -43,21 +42,8 @@ def fit(
 
     running = list(groups)
     tokens_per_step = groups[0].first.cfg.train_batch_size_samples
-    longest = max(group.first.cfg.total_training_samples for group in groups)
-    done = max(group.first.n_training_samples for group in groups)
-    n_saes = sum(len(group.trainers) for group in groups)
     largest = largest_block(groups, plan.prompts_per_forward * batches.store.context_size)
-    with (
-        kept_memory(largest),
-        tqdm(
-            total=longest,
-            initial=done,
-            desc=f"Training {n_saes} SAE{'s' * (n_saes > 1)}",
-            unit="token",
-            unit_scale=True,
-            disable=not ranks.is_first(),
-        ) as progress,
-    ):
+    with kept_memory(largest), Progress(groups) as progress:
         while running:
             standing([group for group in running if group.is_done], end, on_failure)
             running = [group for group in running if not group.is_done]
@@ -71,7 +57,7 @@ def fit(
             running = standing(running, _log_sparsity, on_failure)
             running = step(model, running, prompts, plan, on_failure)
             running = standing(running, lambda g: g.log_step(), on_failure)
-            progress.update(tokens_per_step)
+            progress.update(tokens_per_step, running)
 
 
 def _log_sparsity(group: "Group") -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sae_lens_e2e.errors import named_line, one_line
+from sae_lens_e2e.launch import has_ranks
 
 Made = TypeVar("Made")
 
@@ -45,9 +46,7 @@ class RankLost(BaseException):
 
 def begin() -> None:
     """Join the ranks that torchrun has started, if it has; each takes the GPU of its number on its machine. Only rank 0 speaks."""
-    if _in_group() or not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        return
-    if int(os.environ["WORLD_SIZE"]) == 1:
+    if _in_group() or not has_ranks():
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:

@@ -1,15 +1,17 @@
 """Stages of a run: one objective after the other, each with a learning rate of its own."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeAlias
-
-from sae_lens.training.optim import get_lr_scheduler
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from sae_lens_e2e.objectives import Objective
 from sae_lens_e2e.objectives.plugins import available_objectives, make_objective
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 WARM = "warm_"
 """What an objective's name begins with that is to follow a local start: 'warm_e2e_ds'."""
@@ -65,6 +67,9 @@ class LearningRate(NamedTuple):
 
     def scheduler(self, optimizer: Optimizer) -> LRScheduler:
         """SAELens' schedule, at the stage's first step. Raises ValueError for settings that make none."""
+        # Here, so that `sae-lens-e2e objectives` says what stages there are without it.
+        from sae_lens.training.optim import get_lr_scheduler
+
         return get_lr_scheduler(
             self.scheduler_name,
             optimizer=optimizer,
@@ -113,7 +118,7 @@ class Stages:
         """The hooks that any of the stages compares."""
         return tuple(dict.fromkeys(hook for objective in self.objectives for hook in objective.hooks))
 
-    def resolve(self, later_blocks: Sequence[str], hook_name: str) -> "Stages":
+    def resolve(self, later_blocks: Sequence[str], hook_name: str) -> Stages:
         """The stages with whatever their objectives leave to the model made explicit."""
         resolved = [objective.resolve(later_blocks, hook_name) for objective in self.objectives]
         return Stages(tuple(replace(s, objective=o) for s, o in zip(self.stages, resolved, strict=True)))
