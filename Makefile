@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CIRCUIT_TRACER := .venv-circuit-tracer
 SPARSIFY := .venv-sparsify
 
-.PHONY: demo test test-long test-accessibility test-dashboard test-circuit-tracer lint benchmark benchmark-peers clean
+.PHONY: demo test test-long test-accessibility test-dashboard test-circuit-tracer lint docs benchmark benchmark-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The documentation, in site/: a broken link, or a name of the reference that is not there, fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/linear_kl.py
 	$(BIN)/python benchmarks/step.py
@@ -67,4 +75,4 @@ $(SPARSIFY)/.installed: benchmarks/sparsify_requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CIRCUIT_TRACER) $(SPARSIFY) build dist *.egg-info
+	rm -rf $(VENV) $(CIRCUIT_TRACER) $(SPARSIFY) build dist site *.egg-info

@@ -23,7 +23,7 @@ HALVES = ("weights", "autocast")
 TOKENS = random_tokens(4, 12, 61)
 
 N_STEPS = 20
-# As README has them: relative, in the first step and in the mean of the last five; one step by itself is as good as noise.
+# As the documentation has them: relative, in the first step and in the mean of the last five; one step by itself is as good as noise.
 TOLERANCES = {"loss": (0.01, 0.05), "kl": (0.02, 0.1)}
 
 
