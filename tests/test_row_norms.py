@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sae_lens_e2e.architectures.row_norms import is_row_norms, row_norms
 
@@ -23,11 +24,33 @@ def test_norms_and_gradient_are_pytorch_s() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-14, atol=1e-14)
 
 
+class Asked(TorchFunctionMode):
+    """Whether each call of a norm is that of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.norm:
+            self.found.append(is_row_norms(func, args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "is_one"),
-    [({"dim": 1}, True), ({"dim": -1}, True), ({"dim": 0}, False), ({"dim": 1, "keepdim": True}, False), ({}, False)],
+    [
+        ({"dim": 1}, True),
+        ({"dim": -1}, True),
+        ({"dim": 0}, False),
+        ({"dim": 1, "keepdim": True}, False),
+        ({"dim": 1, "p": 1}, False),
+        ({"dim": 1, "dtype": torch.float64}, False),
+        ({}, False),
+    ],
 )
 def test_no_other_norm_is_taken_for_it(kwargs: dict[str, Any], is_one: bool) -> None:
-    assert is_row_norms(torch.Tensor.norm, (torch.zeros(2, 3),), kwargs) == is_one
-    assert not is_row_norms(torch.Tensor.norm, (torch.zeros(2, 3, 4),), kwargs)
-    assert not is_row_norms(torch.Tensor.sum, (torch.zeros(2, 3),), kwargs)
+    with Asked() as asked:
+        torch.zeros(2, 3).norm(**kwargs)
+        torch.zeros(2, 3, 4).norm(**kwargs)
+    assert asked.found == [is_one, False]

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from sae_lens_e2e.architectures.row_norms import is_row_norms, row_norms
+from sae_lens_e2e.architectures.weighted_features import WeightedFeatures
 
 MAX_DENSITY = 0.05
 """A product over active features pays where no more than this part of them fires: a multiplication costs it some ten times as much."""
@@ -36,12 +37,14 @@ ZERO_WHERE_OFF = frozenset(
 """Training architectures that pass no gradient on to a feature that is off. JumpReLU's thresholds get one from features just below them."""
 
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+_PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__}
 
 
 class SparseProducts(TorchFunctionMode):
     """While it is entered, matrix products with features on one side go over those that are not zero, if they are few.
 
-    And the norms of a wide decoder's rows have a gradient of one pass (see `row_norms`). Exact but for the order of sums, whatever the architecture: what is few is counted each time. On a CPU, in float32 or float64; anything
+    So does a penalty on decoded features (see `WeightedFeatures`), and the norms of a wide decoder's rows have a gradient of one pass (see
+    `row_norms`). Exact but for the order of sums, whatever the architecture: what is few is counted each time. On a CPU, in float32 or float64; anything
     else is left to PyTorch, and so is an SAE that is too small to gain. `zero_where_off` says that nothing asks for the gradient of a feature
     that is off (see `ZERO_WHERE_OFF`), so that it need not be formed.
     """
@@ -49,6 +52,8 @@ class SparseProducts(TorchFunctionMode):
     def __init__(self, zero_where_off: bool):
         super().__init__()
         self.zero_where_off = zero_where_off
+        # The features that were decoded last, if they are few, and those as CSR.
+        self._decoded: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, cfg: TrainingSAEConfig) -> "SparseProducts":
@@ -58,10 +63,33 @@ class SparseProducts(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _MATMULS and not kwargs and _pays(*args):
-            return _Product.apply(*args, self.zero_where_off)
+            return self._product(*args)
+        if func in _PRODUCTS and not kwargs and self._weighs_decoded(*args):
+            assert self._decoded is not None
+            return WeightedFeatures(*args, self._decoded[1])
         if is_row_norms(func, args, kwargs) and len(args[0]) >= MIN_FEATURES:
             return row_norms(args[0])
         return func(*args, **(kwargs or {}))
+
+    @override
+    def __exit__(self, *exception: Any) -> None:
+        self._decoded = None
+        super().__exit__(*exception)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
+        features = _if_sparse(left) if left.shape[1] > right.shape[1] else None
+        if features is not None:
+            self._decoded = left, features
+        return _Product.apply(left, right, features, self.zero_where_off)  # pyright: ignore[reportReturnType]
+
+    def _weighs_decoded(self, features: Any, weights: Any) -> bool:
+        return (
+            self._decoded is not None
+            and features is self._decoded[0]
+            and isinstance(weights, Tensor)
+            and weights.ndim == 1
+        )
 
 
 def _pays(left: Tensor, right: Tensor) -> bool:
@@ -80,10 +108,9 @@ def _pays(left: Tensor, right: Tensor) -> bool:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, left: Float[Tensor, "m k"], right: Float[Tensor, "k n"], zero_where_off: bool
+        ctx: Any, left: Float[Tensor, "m k"], right: Float[Tensor, "k n"], features: Tensor | None, zero_where_off: bool
     ) -> Float[Tensor, "m n"]:
-        # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
-        features = _if_sparse(left) if left.shape[1] > right.shape[1] else None
+        """`features` is `left` as CSR, if few of its entries are other than zero."""
         ctx.features, ctx.zero_where_off = features, zero_where_off
         ctx.save_for_backward(left if features is None else None, right)
         return left @ right if features is None else _times(features, right)
@@ -92,15 +119,15 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (left, right) = grads, ctx.saved_tensors
-        wants_left, wants_right, _ = ctx.needs_input_grad
+        wants_left, wants_right, *_ = ctx.needs_input_grad
         if ctx.features is not None:
             of_left = _of_features(grad, right, ctx.features, ctx.zero_where_off) if wants_left else None
-            return of_left, _times(_transposed(ctx.features), grad) if wants_right else None, None
+            return of_left, _times(_transposed(ctx.features), grad) if wants_right else None, None, None
         features = _if_sparse(grad) if grad.shape[1] > left.shape[1] else None
         if features is None:
-            return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None
+            return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None, None
         of_right = _times(_transposed(features), _by_columns(left)).T if wants_right else None
-        return _times(features, right.T) if wants_left else None, of_right, None
+        return _times(features, right.T) if wants_left else None, of_right, None, None
 
 
 def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
