@@ -113,6 +113,8 @@ def _flags(config: type, given: Mapping[str, tuple[Any, Any]], left_out: Collect
             new_fields.append((f.name, types[f.name], dataclasses.field(**kept)))
         elif f.name in _NO_FLAG:
             new_fields.append((f.name, types[f.name], simple_parsing.field(**kept, cmd=False)))
+    # Of no module, so that nobody reads through one in search of its source, for every flag again.
+    namespace["__module__"] = "the command line"
     return dataclasses.make_dataclass("CommandLineConfig", new_fields, bases=(config,), namespace=namespace)
 
 
