@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sae_lens_e2e.architectures.weighted_features import WeightedFeatures
 
@@ -31,7 +32,7 @@ def test_the_l1_norm_and_its_gradients_are_the_dense_ones(monkeypatch: pytest.Mo
     expected = (features * weights).norm(p=1, dim=-1)
     gradients = torch.autograd.grad(expected, (features, weights), grad)
     # Nothing dense is multiplied for it.
-    monkeypatch.setattr(torch.utils._pytree, "tree_map_only", None)
+    monkeypatch.setattr(pytree, "tree_map_only", None)
     found = weighted(features, weights).norm(p=1.0, dim=-1)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
     for mine, theirs in zip(torch.autograd.grad(found, (features, weights), grad), gradients, strict=True):

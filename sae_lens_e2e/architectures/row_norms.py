@@ -16,7 +16,7 @@ def is_row_norms(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     """Whether a call of PyTorch's, as a function mode is told of it, is just that, of a matrix."""
     if func is not Tensor.norm or len(args) != 1 or args[0].ndim != 2 or args[0].layout != torch.strided:
         return False
-    return kwargs in ({"p": "fro", "dim": dim, "keepdim": False, "dtype": None} for dim in (1, -1))
+    return kwargs in [{"p": "fro", "dim": dim, "keepdim": False, "dtype": None} for dim in (1, -1)]
 
 
 class _RowNorms(torch.autograd.Function):

@@ -72,9 +72,9 @@ class SparseProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @override
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         self._decoded = None
-        super().__exit__(*exception)
+        super().__exit__(exc_type, exc_val, exc_tb)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.

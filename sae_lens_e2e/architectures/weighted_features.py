@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class WeightedFeatures(Tensor):
@@ -33,7 +34,7 @@ class WeightedFeatures(Tensor):
         kwargs = kwargs or {}
         if func is Tensor.norm and len(args) == 1 and kwargs == {"p": 1, "dim": -1, "keepdim": False, "dtype": None}:
             return _L1.apply(args[0]._features, args[0]._weights, args[0]._active)
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda one: one._features * one._weights, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(cls, lambda one: one._features * one._weights, (args, kwargs))
         return func(*args, **kwargs)
 
 
