@@ -66,7 +66,7 @@ class SparseProducts(TorchFunctionMode):
             return self._product(*args)
         if func in _PRODUCTS and not kwargs and self._weighs_decoded(*args):
             assert self._decoded is not None
-            return WeightedFeatures(*args, self._decoded[1])
+            return WeightedFeatures(args[0], args[1], self._decoded[1])
         if is_row_norms(func, args, kwargs) and len(args[0]) >= MIN_FEATURES:
             return row_norms(args[0])
         return func(*args, **(kwargs or {}))
