@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CIRCUIT_TRACER := .venv-circuit-tracer
 SPARSIFY := .venv-sparsify
+BARE := .venv-dist
 
-.PHONY: demo test test-long test-accessibility test-dashboard test-circuit-tracer lint docs benchmark benchmark-peers clean
+.PHONY: demo test test-long test-accessibility test-dashboard test-circuit-tracer lint docs dist benchmark benchmark-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +60,18 @@ $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
+# Wheel and sdist, in dist/, and the wheel as somebody would install it: alone, without our exact versions. Some minutes and 2 GB.
+dist: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[release]'
+	rm -rf build dist $(BARE)
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --upgrade pip
+	$(BARE)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BARE)/bin/python -m pip install --quiet dist/*.whl
+	SAE_LENS_E2E_DIST=dist SAE_LENS_E2E_BARE=$(BARE) $(BIN)/python -m pytest -rs -m slow tests/test_dist.py
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/linear_kl.py
 	$(BIN)/python benchmarks/step.py
@@ -75,4 +88,4 @@ $(SPARSIFY)/.installed: benchmarks/sparsify_requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CIRCUIT_TRACER) $(SPARSIFY) build dist site *.egg-info
+	rm -rf $(VENV) $(CIRCUIT_TRACER) $(SPARSIFY) $(BARE) build dist site *.egg-info

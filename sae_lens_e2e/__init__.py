@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from sae_lens_e2e.training.stages import Stage, Stages
     from sae_lens_e2e.training.trainer import E2ETrainer, NonFiniteLossError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "E2E",
