@@ -9,7 +9,11 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAET
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
-from transformer_lens.components.attention import Attention
+
+try:
+    from transformer_lens.components.attention import Attention
+except ImportError:  # TransformerLens 4 has none, and so nothing of ours leans on it
+    Attention = None
 
 __all__ = ["LEANED_ON", "InterruptedException", "LLMSaeEvaluator"]
 
@@ -45,10 +49,12 @@ LEANED_ON: dict[type, dict[str, tuple[str, ...]]] = {
         "_save_runner_checkpoint_files": ("self", "checkpoint_path"),
     },
     MultiSAETrainingRunnerConfig: {"__post_init__": ("self",), "to_sae_trainer_config": ("self",)},
-    Attention: {
+}
+"""By class, the methods that we override or call, with their parameters."""
+
+if Attention is not None:
+    LEANED_ON[Attention] = {
         "calculate_attention_scores": ("self", "q", "k"),
         "apply_causal_mask": ("self", "attn_scores", "past_kv_pos_offset", "attention_mask"),
         "calculate_z_scores": ("self", "v", "pattern"),
-    },
-}
-"""By class, the methods that we override or call, with their parameters."""
+    }

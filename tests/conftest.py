@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.fork_server import OURS, STOCK
+
 torch.set_num_threads(1)
 
 
@@ -21,9 +23,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return min((len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1, 4)
 
 
-def pytest_configure() -> None:
-    """Nothing that is imported is garbage: looking through it again and again takes a tenth of the time."""
+def pytest_configure(config: pytest.Config) -> None:
+    # Nothing that is imported is garbage: looking through it again and again takes a tenth of the time.
     gc.disable()
+    if config.getoption("tx", None) and not hasattr(config, "workerinput"):
+        # For all workers, while they collect.
+        OURS.share()
+        STOCK.share()
 
 
 def pytest_collection_finish() -> None:

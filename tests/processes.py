@@ -1,7 +1,6 @@
 """Processes of their own: copies of one that has imported everything already, and none that a test waits for in vain."""
 
 import faulthandler
-import multiprocessing
 import os
 import runpy
 import signal
@@ -10,36 +9,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver, popen_forkserver
-from multiprocessing.context import ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
+from tests.fork_server import OurProcess, StockProcess
 
 LIMIT = 240.0
 """Seconds after which a process is taken to hang."""
-
-# A process of one thread, so that a copy of it cannot wait for a lock that a thread of ours held at that moment.
-_COPIES = multiprocessing.get_context("forkserver")
-_COPIES.set_forkserver_preload(["sae_lens_e2e.cli.train", "sae_lens_e2e.cli.finetune", "tests.reliability.runs"])
-# Another, that knows SAELens alone: whoever loads what we have saved.
-_STOCK = forkserver.ForkServer()
-_STOCK.set_forkserver_preload(["sae_lens"])
-
-
-class _StockPopen(popen_forkserver.Popen):
-    def _launch(self, process_obj: BaseProcess) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(forkserver, "connect_to_new_process", _STOCK.connect_to_new_process)
-            super()._launch(process_obj)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class _StockProcess(ForkServerProcess):
-    @staticmethod
-    def _Popen(process_obj: BaseProcess) -> _StockPopen:  # noqa: N802
-        return _StockPopen(process_obj)
 
 
 class Done(NamedTuple):
@@ -69,13 +46,10 @@ def run_fresh(*arguments: str, cwd: Path | None = None, **environment: str) -> D
     return Done(process.returncode, *said)
 
 
-def start(target: Callable[..., None], *arguments: Any, kind: type[BaseProcess] = _COPIES.Process) -> BaseProcess:
+def start(target: Callable[..., None], *arguments: Any, kind: type[BaseProcess] = OurProcess) -> BaseProcess:
     """A process without a network that calls `target`, started in the time that a fork takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        # Read when it is imported, so by the first process, of which all others are copies.
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        process = kind(target=target, args=arguments)
-        process.start()
+    process = kind(target=target, args=arguments)
+    process.start()
     return process
 
 
@@ -106,7 +80,7 @@ def run_code(code: str, cwd: Path, **environment: str) -> Done:
 
 def run_stock(code: str, *arguments: str, cwd: Path, **environment: str) -> Done:
     """`python -c code arguments...` from `cwd`, where nothing of ours has been imported."""
-    return _run(_code, code, arguments, cwd=cwd, environment=environment, kind=_StockProcess)
+    return _run(_code, code, arguments, cwd=cwd, environment=environment, kind=StockProcess)
 
 
 def _run(
@@ -115,7 +89,7 @@ def _run(
     arguments: Sequence[str],
     cwd: Path,
     environment: Mapping[str, str],
-    kind: type[BaseProcess] = _COPIES.Process,
+    kind: type[BaseProcess] = OurProcess,
 ) -> Done:
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "stdout"), Path(folder, "stderr")

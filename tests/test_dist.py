@@ -69,7 +69,9 @@ def test_what_was_built_is_complete() -> None:
     with zipfile.ZipFile(built() / f"{RELEASED}-py3-none-any.whl") as made:
         assert names_in(made) == set(tracked())
     with tarfile.open(built() / f"{RELEASED}.tar.gz") as sources:
-        names = {name.removeprefix(f"{RELEASED}/") for name in sources.getnames() if not sources.getmember(name).isdir()}
+        names = {
+            name.removeprefix(f"{RELEASED}/") for name in sources.getnames() if not sources.getmember(name).isdir()
+        }
     assert set(tracked()) <= names
     assert not [name for name in names if name.startswith(("tests/", "docs/", "benchmarks/", "examples/"))]
 
@@ -84,7 +86,9 @@ def test_what_was_installed_trains_and_evaluates(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> str:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        done = subprocess.run([command, *arguments], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [command, *arguments], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

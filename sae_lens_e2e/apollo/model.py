@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens import logger
 from sae_lens.util import str_to_dtype
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_lens_e2e.apollo.checkpoint import load_tensors
 from sae_lens_e2e.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 PROCESSED = {"fold_ln": True, "center_writing_weights": True, "center_unembed": True, "fold_value_biases": True}
 """How Apollo's library loads a model by name, as SAELens' `model_from_pretrained_kwargs`."""
@@ -20,12 +21,14 @@ PROCESSED = {"fold_ln": True, "center_writing_weights": True, "center_unembed": 
 
 def load_apollo_model(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, device: str | torch.device = "cpu"
-) -> HookedTransformer:
+) -> "HookedTransformer":
     """A language model saved by Apollo's library: the file of weights at `path`, with its `final_config.yaml` beside it.
 
     Unprocessed, as Apollo ran it. Without `tokenizer`, the one its config names is looked for beside the model and on the
     Hub; a model whose tokenizer is nowhere takes tokens only. Raises FileNotFoundError or ValueError for what is no model.
     """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
     path = Path(path)
     settings, weights = _model_settings(path), load_tensors(path)
     name = settings.pop("tokenizer_name", None)
@@ -68,6 +71,8 @@ def d_model(config_path: str | Path, config: Mapping[str, Any]) -> int:
             raise ValueError(f"the width of tlens_model_path={path!r} could not be looked up; pass d_in=")
         return width
     try:
+        from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+
         return get_pretrained_model_config(str(name)).d_model
     except Exception as error:
         raise ValueError(f"the width of tlens_model_name={name!r} could not be looked up; pass d_in=") from error

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from sae_lens import StandardSAE
 from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import Tensor
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_e2e.apollo.checkpoint import ONLY_SAE, ApolloWeights, read_checkpoint, sae_name
 from sae_lens_e2e.apollo.model import PROCESSED
@@ -24,6 +23,7 @@ from sae_lens_e2e.apollo.run_config import (
     setting,
 )
 from sae_lens_e2e.apollo.sources import ApolloFiles, find
+from sae_lens_e2e.splice.hooked_transformer import official_model_name
 
 # Processing the weights of a model with LayerNorm takes the mean over d_model out of these; with RMSNorm it leaves them.
 _CENTRED = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -207,7 +207,7 @@ def change_by_processing(model_name: str, hook: str) -> Literal["none", "centred
 
     With LayerNorm it takes their mean over d_model out of the residual stream, with RMSNorm it leaves that; elsewhere it may do more.
     """
-    name = _official_name(model_name)
+    name = official_model_name(model_name) or model_name
     layer_norm, rms_norm = name.startswith(_LAYER_NORM), name.startswith(_RMS_NORM)
     if hook.endswith(_CENTRED):
         return "centred" if layer_norm else "none" if rms_norm else "unknown"
@@ -218,13 +218,6 @@ def _change_by_processing(config: Mapping[str, Any], hook: str) -> Literal["none
     """What the run saw at the hook, next to the language model as SAELens loads it."""
     name = config.get("tlens_model_name")
     return "none" if name is None else change_by_processing(str(name), hook)
-
-
-def _official_name(name: str) -> str:
-    try:
-        return get_official_model_name(name)
-    except ValueError:
-        return name
 
 
 def _metadata(config: Mapping[str, Any], files: ApolloFiles, hook: str, d_in: int, folded: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -16,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 __all__ = [
     "CONTEXT_SIZE",
@@ -56,6 +59,9 @@ def load_model(device: str | torch.device = "cpu") -> HookedTransformer:
 
     Raises EmbeddedFileError where a shipped file is missing or damaged.
     """
+    # Late, as TransformerLens 4, which says what to do, has none.
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
     cfg = HookedTransformerConfig(**json.loads(_read("config.json")), device=str(device), init_weights=False)
     weights = safetensors.torch.load(_read("model.safetensors"))
     # The two are one matrix in training, so only the embedding is shipped.

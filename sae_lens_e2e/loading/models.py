@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.load_model import load_model as load_saelens_model
 from safetensors.torch import load_file
 from torch import nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import AutoTokenizer
 
@@ -17,6 +16,9 @@ from sae_lens_e2e.apollo.model import load_apollo_model
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
 from sae_lens_e2e.splice.bridge import check_has_bridge, is_bridge, load_bridge
 from sae_lens_e2e.yaml_file import read_json
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 EMBEDDED = "embedded"
 COLUMN = "::"
@@ -125,7 +127,9 @@ def _check_as_saved(name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _load_transformer_lens_folder(folder: Path, device: str) -> HookedTransformer:
+def _load_transformer_lens_folder(folder: Path, device: str) -> "HookedTransformer":
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
     config = read_json(folder / "transformer_lens" / _CONFIG)
     model = HookedTransformer(
         HookedTransformerConfig(**config, device=device, init_weights=False),

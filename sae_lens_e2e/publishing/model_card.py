@@ -7,10 +7,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.markdown import code, plain
+from sae_lens_e2e.splice.hooked_transformer import official_model_name
 
 MARK = (
     "<!-- Written by sae-lens-e2e, which writes it anew with every upload. Remove this line to keep your own text. -->"
@@ -75,10 +75,7 @@ def _front_matter(configs: Iterable[_Config]) -> str:
 
 
 def _model_on_hub(name: str | None) -> str | None:
-    try:
-        return get_official_model_name(name or "")
-    except ValueError:
-        return name if _could_be_on_hub(name) else None
+    return official_model_name(name or "") or (name if _could_be_on_hub(name) else None)
 
 
 def _dataset_on_hub(name: str | None) -> str | None:

@@ -6,8 +6,9 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
-from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import gelu_fast, gelu_new
+
+from sae_lens_e2e.splice.hooked_transformer import is_hooked_transformer
 
 TANH_GELU = (gelu_new, gelu_fast)
 
@@ -18,9 +19,8 @@ def fused_gelu(model: nn.Module) -> Iterator[None]:
 
     Models other than a `HookedTransformer` bring their own kernels.
     """
-    mlps = (
-        [block.mlp for block in model.blocks if hasattr(block, "mlp")] if isinstance(model, HookedTransformer) else []
-    )
+    blocks = model.blocks if is_hooked_transformer(model) else ()
+    mlps = [block.mlp for block in blocks if hasattr(block, "mlp")]
     with ExitStack() as stack:
         for mlp in mlps:
             if (plain := getattr(mlp, "act_fn", None)) in TANH_GELU:

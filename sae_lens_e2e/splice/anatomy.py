@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 from sae_lens_e2e.splice.bridge import is_bridge
+from sae_lens_e2e.splice.hooked_transformer import is_hooked_transformer
 from sae_lens_e2e.splice.hooks import first_output
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 _PROBE_LENGTH = 8
 
@@ -48,7 +51,7 @@ class Anatomy:
 def read_anatomy(model: nn.Module, model_kwargs: Mapping[str, Any] | None = None) -> Anatomy:
     """The anatomy of a `HookedTransformer`, a `TransformerBridge`, SAELens' Hugging Face wrapper, or any other model."""
     kwargs = dict(model_kwargs or {})
-    if isinstance(model, HookedTransformer):
+    if is_hooked_transformer(model):
         return _hooked_transformer(model, kwargs)
     if is_bridge(model):
         return _transformer_bridge(model, kwargs)
@@ -64,7 +67,7 @@ def device_of(module: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
-def _hooked_transformer(model: HookedTransformer, kwargs: Mapping[str, Any]) -> Anatomy:
+def _hooked_transformer(model: "HookedTransformer", kwargs: Mapping[str, Any]) -> Anatomy:
     cfg, n = model.cfg, model.cfg.n_layers
     # What a block returns is its hook_resid_post.
     outputs = {f"blocks.{i}.hook_resid_post": block for i, block in enumerate(model.blocks)}

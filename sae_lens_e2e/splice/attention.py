@@ -7,14 +7,16 @@ that is most of a short-context model's time and memory. Its forward pass calls 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.components.abstract_attention import AbstractAttention
-from transformer_lens.components.attention import Attention
-from transformer_lens.components.grouped_query_attention import GroupedQueryAttention
+
+from sae_lens_e2e.splice.hooked_transformer import is_hooked_transformer
+
+if TYPE_CHECKING:
+    from transformer_lens.components.abstract_attention import AbstractAttention
 
 SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")
 
@@ -26,7 +28,7 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
     Whether it does is asked at each call: a layer whose scores or pattern somebody hooks, a padded batch and a key-value cache
     are computed as TransformerLens writes them. Models other than a `HookedTransformer` bring their own kernels.
     """
-    layers = [block.attn for block in model.blocks] if isinstance(model, HookedTransformer) else []
+    layers = [block.attn for block in model.blocks] if is_hooked_transformer(model) else []
     # Within itself it has nothing left to do.
     fused = [_Fused(attention) for attention in layers if is_fusible(attention) and not _Fused.is_in(attention)]
     for layer in fused:
@@ -38,8 +40,12 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
             layer.remove()
 
 
-def is_fusible(attention: AbstractAttention) -> bool:
+def is_fusible(attention: "AbstractAttention") -> bool:
     """Whether a layer's scores and pattern are an ordinary causal softmax."""
+    # Whoever has such a layer has these.
+    from transformer_lens.components.attention import Attention
+    from transformer_lens.components.grouped_query_attention import GroupedQueryAttention
+
     cfg = attention.cfg
     return (
         type(attention) in (Attention, GroupedQueryAttention)
@@ -55,7 +61,7 @@ class _Fused:
 
     METHODS = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
 
-    def __init__(self, attention: AbstractAttention):
+    def __init__(self, attention: "AbstractAttention"):
         self.attention = attention
         self.plain_scores = attention.calculate_attention_scores
         self.plain_mask = attention.apply_causal_mask
@@ -63,7 +69,7 @@ class _Fused:
         self.kept: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def is_in(cls, attention: AbstractAttention) -> bool:
+    def is_in(cls, attention: "AbstractAttention") -> bool:
         return cls.METHODS[0] in vars(attention)
 
     def install(self) -> None:

@@ -7,6 +7,8 @@ import torch
 from sae_lens.util import str_to_dtype
 from torch import nn
 
+from sae_lens_e2e.splice.hooked_transformer import official_model_name
+
 try:
     from transformer_lens.model_bridge import TransformerBridge
 except ImportError:
@@ -59,10 +61,4 @@ def hooked_transformer_hook(model: nn.Module, hook_name: str) -> str | None:
 
 def knows_hooked_transformer(model_name: str) -> bool:
     """Whether TransformerLens loads a model of that name as a HookedTransformer."""
-    try:
-        from transformer_lens.loading_from_pretrained import get_official_model_name
-
-        get_official_model_name(model_name)
-    except (ImportError, ValueError):
-        return False
-    return True
+    return official_model_name(model_name) is not None
