@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from sae_lens_e2e.bench.members import Member
 from sae_lens_e2e.markdown import code, plain
 from sae_lens_e2e.names import check_folder_name
 from sae_lens_e2e.publishing.model_card import model_card
 from sae_lens_e2e.report.settings import report_command, training_commands
-from sae_lens_e2e.report.sources import Member
 from sae_lens_e2e.report.table import Column, Table
 from sae_lens_e2e.sweep import read_sweep
 from tests.test_report import an_sae, save

@@ -10,9 +10,9 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_lens_e2e.apollo.sources import HUB_NAMES
+from sae_lens_e2e.bench.members import collect
 from sae_lens_e2e.loading.released import Released, find_released, load_released, released_config, revision_of
 from sae_lens_e2e.loading.saes import load_sae, load_saes
-from sae_lens_e2e.report.sources import collect
 from tests.saes import activations, inference_sae
 from tests.servers import Hub, hub
 

@@ -20,17 +20,17 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file
 
 from sae_lens_e2e import embedded
+from sae_lens_e2e.bench.bench import set_up
+from sae_lens_e2e.bench.members import Member, collect
 from sae_lens_e2e.evaluation import Evaluation, FiringHistogram, LayerEvaluation, evaluate_each, evaluate_many
 from sae_lens_e2e.evaluation.files import write_evaluation
 from sae_lens_e2e.evaluation.formats import count, decimals, nats
 from sae_lens_e2e.figures import FIGURES
 from sae_lens_e2e.report import MEASURES, close_up, evaluations, make_report, published, selection
-from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import Drawing
 from sae_lens_e2e.report.findings import Finding, findings
 from sae_lens_e2e.report.page import figure
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import Member, collect
 from sae_lens_e2e.report.table import Column, Table, latex
 from sae_lens_e2e.report.tables import SECONDS, at_equal, tables
 from sae_lens_e2e.studies.geometry import Geometry, Interval

@@ -11,6 +11,8 @@ from sae_lens import SAE, TrainingSAE
 from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from sae_lens_e2e.bench.bench import Bench, features_by_batch, set_up
+from sae_lens_e2e.bench.members import Member, check_one, short_names
 from sae_lens_e2e.evaluation.features import FeatureSums
 from sae_lens_e2e.evaluation.reading import check_vocabulary
 from sae_lens_e2e.evaluation.running import check_evaluable
@@ -19,8 +21,6 @@ from sae_lens_e2e.features.places import TopPlaces
 from sae_lens_e2e.features.view import FeatureView, Survey, view
 from sae_lens_e2e.loading.saes import load_sae
 from sae_lens_e2e.publishing.neuronpedia import stock_sae
-from sae_lens_e2e.report.bench import Bench, features_by_batch, set_up
-from sae_lens_e2e.report.sources import Member, check_one, short_names
 from sae_lens_e2e.studies.neighbours import Unmatched, nearest_features, unmatched
 
 THRESHOLD = 0.7

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sae_lens_e2e.bench.bench import Bench
+from sae_lens_e2e.bench.members import Member
 from sae_lens_e2e.evaluation.running import inference
 from sae_lens_e2e.features.passages import Passage, passage
 from sae_lens_e2e.features.places import TopPlaces
 from sae_lens_e2e.features.text import token_text
-from sae_lens_e2e.report.bench import Bench
-from sae_lens_e2e.report.sources import Member
 from sae_lens_e2e.studies.logit_effects import at_positions, feature_activations, logit_effects
 from sae_lens_e2e.studies.neighbours import Neighbour
 

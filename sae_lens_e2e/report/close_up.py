@@ -9,13 +9,14 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_e2e.bench.bench import Bench, features_by_batch
+from sae_lens_e2e.bench.fingerprint import digest
+from sae_lens_e2e.bench.members import Member
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.features import FeatureSums
-from sae_lens_e2e.report.bench import Bench, features_by_batch
 from sae_lens_e2e.report.evaluations import ALIVE_TOKENS
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import Member
-from sae_lens_e2e.report.store import Store, digest
+from sae_lens_e2e.report.store import Store
 from sae_lens_e2e.studies.agreement import TEMPLATES, agreement_pairs
 from sae_lens_e2e.studies.contrast import tokenizer_of
 from sae_lens_e2e.studies.directions import Directions, measure_directions

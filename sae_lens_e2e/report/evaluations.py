@@ -8,12 +8,12 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
+from sae_lens_e2e.bench.bench import Bench
+from sae_lens_e2e.bench.members import Member, Skipped
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation import Evaluation, evaluate_each
 from sae_lens_e2e.evaluation.files import read_evaluation
-from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import Member, Skipped
 from sae_lens_e2e.report.store import Store
 
 ALIVE_TOKENS = 500_000

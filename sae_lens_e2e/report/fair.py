@@ -5,11 +5,11 @@ from typing import Any
 
 import pandas as pd
 
+from sae_lens_e2e.bench.members import Member
 from sae_lens_e2e.evaluation import evaluation_frame
 from sae_lens_e2e.evaluation.formats import count, decimals, digits, significant
 from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import Member
 from sae_lens_e2e.report.table import Cell, Column, Table
 from sae_lens_e2e.studies.seeds import SEED, spreads
 from sae_lens_e2e.sweep.tuning import choice_of

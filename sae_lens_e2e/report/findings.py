@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sae_lens_e2e.bench.members import LOCAL
 from sae_lens_e2e.evaluation import Evaluation
 from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.report import published
 from sae_lens_e2e.report.fair import seeded_frame
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, factor, nearest
-from sae_lens_e2e.report.sources import LOCAL
 from sae_lens_e2e.studies.geometry import Geometry, Interval, geometry_difference
 from sae_lens_e2e.studies.pareto import Comparison, headline, sentence
 

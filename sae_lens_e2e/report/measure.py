@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
+from sae_lens_e2e.bench.bench import Bench
+from sae_lens_e2e.bench.members import Member, Skipped
 from sae_lens_e2e.errors import kept_to
 from sae_lens_e2e.evaluation import TogetherEvaluation
 from sae_lens_e2e.evaluation.files import read_together
-from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.close_up import measure_all_directions, measure_all_faithfulness, measure_geometry
 from sae_lens_e2e.report.evaluations import evaluate_all
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import similar_set
-from sae_lens_e2e.report.sources import Member, Skipped
 from sae_lens_e2e.report.store import Store
 
 MEASURES = ("evaluation", "geometry", "directions", "faithfulness")

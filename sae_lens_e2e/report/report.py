@@ -8,10 +8,11 @@ from datasets import Dataset
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e import __version__
+from sae_lens_e2e.bench.bench import set_up
+from sae_lens_e2e.bench.members import collect
 from sae_lens_e2e.evaluation import evaluation_frame, layers_frame, together_frame
 from sae_lens_e2e.output import write_whole
 from sae_lens_e2e.pages import check_page
-from sae_lens_e2e.report.bench import set_up
 from sae_lens_e2e.report.drawings import check_figures, drawings
 from sae_lens_e2e.report.findings import findings
 from sae_lens_e2e.report.measure import MEASURES, check_measures, measure_all
@@ -19,7 +20,6 @@ from sae_lens_e2e.report.page import MARK, render
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.sections import PAPER, facts, lead, sections
 from sae_lens_e2e.report.settings import report_command
-from sae_lens_e2e.report.sources import collect
 from sae_lens_e2e.report.store import Store
 from sae_lens_e2e.report.table import Table
 from sae_lens_e2e.report.tables import tables

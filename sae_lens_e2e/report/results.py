@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from sae_lens_e2e.bench.members import Member, Skipped
 from sae_lens_e2e.evaluation import Evaluation, TogetherEvaluation
 from sae_lens_e2e.report.selection import baseline_of, factor
-from sae_lens_e2e.report.sources import Member, Skipped
 from sae_lens_e2e.studies.directions import Directions
 from sae_lens_e2e.studies.faithfulness import Faithfulness
 from sae_lens_e2e.studies.geometry import Geometry

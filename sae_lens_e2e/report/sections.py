@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_lens_e2e.bench.bench import Bench
 from sae_lens_e2e.report import published
-from sae_lens_e2e.report.bench import Bench
 from sae_lens_e2e.report.drawings import FOLDER, Drawing
 from sae_lens_e2e.report.findings import Finding
 from sae_lens_e2e.report.page import (

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from sae_lens_e2e.bench.members import LOCAL, objective_order
 from sae_lens_e2e.evaluation import Evaluation
-from sae_lens_e2e.report.sources import LOCAL, objective_order
 
 # Within the paper's own sets of similar CE loss increase the largest is 1.33 times the smallest (layer 2, table 2).
 SIMILAR = 1.5

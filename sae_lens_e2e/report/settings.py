@@ -10,9 +10,9 @@ from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
+from sae_lens_e2e.bench.members import Member
 from sae_lens_e2e.markdown import one_line_of
 from sae_lens_e2e.report.results import Results
-from sae_lens_e2e.report.sources import Member
 from sae_lens_e2e.report.table import Column, Table
 
 _PACKAGES = ("sae-lens-e2e", "sae-lens", "transformer-lens", "torch", "datasets", "transformers", "plotly")

@@ -1,15 +1,12 @@
 """What a report has measured, kept beside it so that the same call does not measure it again."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-
 from sae_lens_e2e import __version__
+from sae_lens_e2e.bench.fingerprint import digest
 from sae_lens_e2e.output import write_whole
 from sae_lens_e2e.yaml_file import read_json
 
@@ -37,24 +34,3 @@ class Store:
         # Another version may measure otherwise.
         text = json.dumps([__version__, key], sort_keys=True, default=str)
         return self.folder / f"{key['measure']}-{digest(text)}.json"
-
-
-def fingerprint_of_module(module: nn.Module) -> str:
-    """A digest of a module's weights, the same wherever they lie."""
-    return fingerprint(dict(module.state_dict()))
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of tensors by name."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        # Numpy has no bfloat16; bytes are all that matters.
-        values = tensor.detach().cpu().contiguous()
-        hashed.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        hashed.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def digest(text: str) -> str:
-    """A short digest of a text."""
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

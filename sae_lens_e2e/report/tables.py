@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sae_lens_e2e.bench.members import Member, objective_order
 from sae_lens_e2e.evaluation import Evaluation, together_frame
 from sae_lens_e2e.evaluation.formats import count, decimals, digits, significant
 from sae_lens_e2e.evaluation.measures import MEASURES
 from sae_lens_e2e.report.fair import over_seeds, seeded_frame
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, baseline_of, factor, nearest
-from sae_lens_e2e.report.sources import Member, objective_order
 from sae_lens_e2e.report.table import Cell, Column, Table
 from sae_lens_e2e.studies.pareto import comparison_frame, headline
 

@@ -1,4 +1,4 @@
-"""What all SAEs of a report are measured on: one language model, one hook, the same tokens."""
+"""What SAEs are measured on together: one language model, one hook, the same tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from sae_lens_e2e.architectures.transcoder import widths_of
+from sae_lens_e2e.bench.fingerprint import fingerprint, fingerprint_of_module
+from sae_lens_e2e.bench.members import Member, Skipped
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.running import in_prompts, inference
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
 from sae_lens_e2e.loading import held_out_documents, load_model, model_settings
-from sae_lens_e2e.report.sources import Member, Skipped
-from sae_lens_e2e.report.store import fingerprint, fingerprint_of_module
 from sae_lens_e2e.splice import Site, SplicedModel, Where, check_sites
 
 

@@ -12,12 +12,12 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 
 from sae_lens_e2e.apollo.run_config import CONFIG_FILENAME, read_run_config
 from sae_lens_e2e.apollo.sources import find
+from sae_lens_e2e.bench.fingerprint import digest, fingerprint_of_module
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation.one_pass import sparsity_settings
 from sae_lens_e2e.evaluation.running import check_evaluable
 from sae_lens_e2e.loading.released import find_released
 from sae_lens_e2e.loading.saes import is_sae_folder, load_saes
-from sae_lens_e2e.report.store import digest, fingerprint_of_module
 from sae_lens_e2e.sweep.folders import CHECKPOINTS, FAILURE_FILENAME
 from sae_lens_e2e.training.history import read_history
 from sae_lens_e2e.yaml_file import read_yaml
