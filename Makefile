@@ -7,7 +7,7 @@ CIRCUIT_TRACER := .venv-circuit-tracer
 SPARSIFY := .venv-sparsify
 BARE := .venv-dist
 
-.PHONY: demo test test-long test-accessibility test-dashboard test-circuit-tracer lint docs dist benchmark benchmark-peers clean
+.PHONY: demo test test-matrix test-long test-accessibility test-dashboard test-circuit-tracer lint docs dist benchmark benchmark-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ test: $(INSTALLED)
 # Runs killed some hundred times and started again, with a table of how it went: a quarter of an hour or more.
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long tests/reliability
+
+# On every Python, and on the oldest and newest of what pyproject allows: gigabytes, and an hour or more. SESSIONS chooses some.
+test-matrix: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[matrix]'
+	$(BIN)/nox $(if $(SESSIONS),--session $(SESSIONS))
 
 # What axe-core finds on the pages, in a Chromium: both have to be there, axe-core from npm.
 test-accessibility: $(INSTALLED)
@@ -52,9 +57,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The documentation, in site/: a broken link, or a name of the reference that is not there, fails.
+# The documentation, in site/: a broken link, a name of the reference that is not there, or a code block that does not run, fails.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -n auto --dist worksteal -m docs tests/test_docs.py
 
 $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'

@@ -31,7 +31,6 @@ FAST = (
 def run(session: nox.Session, resolution: str, *tests: str) -> None:
     """Install as somebody would, with no exact versions but those that the bounds leave, and run tests."""
     session.install("--resolution", resolution, "--editable", ".[test]")
-    session.run("uv", "pip", "freeze", external=True)
     session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *(session.posargs or tests))
 
 

@@ -21,6 +21,7 @@ def run_page(page: Path, cwd: Path) -> Done:
     return run_code(f"from tests.blocks import run_page; run_page({str(page)!r})", cwd, TQDM_DISABLE="1")
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     done = run_page(page, tmp_path)
