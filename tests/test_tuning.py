@@ -16,6 +16,7 @@ from sae_lens_e2e.evaluation import evaluate
 from sae_lens_e2e.loading import load_documents, load_model, validation_documents
 from sae_lens_e2e.sweep import Sweep, Tune, failures, read_sweep, run_sweep
 from sae_lens_e2e.sweep.budgets import matched
+from sae_lens_e2e.sweep.equal_l0 import costs, differ_in_l0, slope
 from sae_lens_e2e.sweep.tuning import read_tuning, tuned
 from sae_lens_e2e.training.prompts import PromptBatches
 from tests.test_sweep import BASE as WITH_LR
@@ -72,6 +73,52 @@ def test_each_kind_gets_the_learning_rate_that_costs_least_and_is_bit_for_bit_a_
         trained(point, tmp_path / "alone" / point.name, documents, lr=lr)
         assert_same_weights(out / point.name, tmp_path / "alone" / point.name)
     assert not (out / "tuning").exists()
+
+
+# JumpReLU SAEs on a small model, by sparsity coefficient: (L0, CE loss increase) at two learning rates.
+SLOWER = [(87.5, 0.0467), (78.6, 0.0545), (75.1, 0.062), (78.1, 0.0625)]
+FASTER = [(42.4, 0.0599), (26.0, 0.1025), (18.8, 0.141), (13.0, 0.1967)]
+
+
+def scores(*points: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"l0": l0, "ce_loss_increase": cost} for l0, cost in points]
+
+
+def test_what_l0_is_worth_is_how_the_cost_falls_at_one_learning_rate() -> None:
+    # Two curves of cost = c / L0^1.5, of which one is twice the other.
+    curves = [scores(*((l0, c / l0**1.5) for l0 in (4, 8, 20))) for c in (1, 2)]
+    assert slope(curves) == pytest.approx(1.5)
+    assert slope([scores((8, 0.2)), scores((16, 0.1))]) is None
+    assert slope([scores((8, 0.1), (16, 0.2))]) == 0
+
+
+def test_what_costs_less_only_because_more_fires_is_no_better() -> None:
+    steepness = slope([scores(*SLOWER), scores(*FASTER)])
+    for slower, faster in zip(scores(*SLOWER), scores(*FASTER), strict=True):
+        assert slower["ce_loss_increase"] < faster["ce_loss_increase"]
+        at_equal_l0 = costs({4e-3: slower, 1e-2: faster}, steepness)
+        assert at_equal_l0[1e-2] < at_equal_l0[4e-3]
+    # Where all have one L0, or it is not known, a cost is what was measured.
+    assert costs({4e-3: scores((16, 0.3))[0], 1e-2: scores((16.3, 0.2))[0]}, steepness) == {4e-3: 0.3, 1e-2: 0.2}
+    assert costs({1.0: {"ce_loss_increase": 0.3}}, steepness) == {1.0: 0.3}
+    assert differ_in_l0(scores(*SLOWER)) == (75.1, 87.5)
+
+
+def test_candidates_are_compared_at_equal_l0(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The sparsities of a sweep say what L0 is worth; one alone says nothing, and is told of."""
+    tune, out = {"lr": [1e-3, 1e-2]}, tmp_path / "out"
+    sweep = sweep_of(tmp_path, {"objective": ["local"], "sae.l1_coefficient": [0.1, 1.0]}, tune=tune)
+    run_sweep(sweep, out)
+    choices = read_tuning(out)
+    by_rate = [[choice["candidates"][i] for choice in choices.values()] for i in range(2)]
+    steepness = slope(by_rate)
+    for choice in choices.values():
+        cost = costs({one["lr"]: one for one in choice["candidates"]}, steepness)
+        assert choice["lr"] == min(cost, key=lambda lr: cost[lr])
+    assert "differ in L0" not in caplog.text
+    alone = sweep_of(tmp_path, {"objective": ["local"], "sae.l1_coefficient": [1.0]}, tune=tune)
+    run_sweep(alone, tmp_path / "alone")
+    assert "its candidates differ in L0" in caplog.text
 
 
 def test_a_choice_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def over_seeds(results: Results) -> Table | None:
     ]
     note = (
         "Means, and the lowest and highest, over SAEs that differ in their seed only. A learning rate that was chosen among several had the "
-        "lowest CE loss increase on documents that were neither trained on by the candidates nor are reported here. FLOPs are counted from "
+        "lowest CE loss increase, at equal L0, on documents that were neither trained on by the candidates nor are reported here. FLOPs are counted from "
         "shapes, as if each SAE had been trained by itself."
     )
     return Table("seeds", "Over seeds, at which budget and learning rate", columns, list(groups.values()), note)

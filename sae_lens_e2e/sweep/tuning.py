@@ -2,7 +2,7 @@
 
 Points that differ in their seed only are of one kind. Its candidates are runs of the first of them, each with another learning rate, on the
 training documents without a validation part; the one with the lowest CE loss increase there gives all points of the kind their learning rate.
-The points themselves are then trained on all training documents, as any run is.
+Where they differ in L0, they are compared at equal L0 (`equal_l0.py`), as far as the sweep's other sparsities say what L0 is worth. The points themselves are then trained on all training documents, as any run is.
 """
 
 import json
@@ -18,8 +18,10 @@ from sae_lens import logger
 from sae_lens_e2e.errors import one_line
 from sae_lens_e2e.evaluation import TogetherEvaluation
 from sae_lens_e2e.evaluation.files import read_together
+from sae_lens_e2e.evaluation.one_pass import SPARSITY_FIELDS
 from sae_lens_e2e.output import write_whole
 from sae_lens_e2e.sweep.budgets import scaled, with_settings
+from sae_lens_e2e.sweep.equal_l0 import Score, costs, differ_in_l0, slope
 from sae_lens_e2e.sweep.folders import evaluation_in, failures
 from sae_lens_e2e.sweep.plan import Point, Sweep
 from sae_lens_e2e.training.stages import stages_of
@@ -88,18 +90,27 @@ def undecided(sweep: Sweep, output: Path) -> list[str]:
 
 
 def decide(sweep: Sweep, names: Sequence[str], output: Path) -> None:
-    """Choose for each kind the candidate that costs the least, and write that, with all scores, to `tuning.json`, whole.
+    """Choose for each kind the candidate that costs the least at equal L0, and write that, with all scores, to `tuning.json`, whole.
 
     Of a kind none of whose candidates has ended nothing is written.
     """
+    assert sweep.tune is not None
     by_kind = kinds(sweep.points)
     choices = read_tuning(output)
+    all_scores = {
+        name: {lr: _score(output / FOLDER, _candidate(name, lr)) for lr in sweep.tune.lr} for name in names
+    } | {name: {one["lr"]: one for one in choice["candidates"]} for name, choice in choices.items() if name in by_kind}
+    slopes = _slopes({name: by_kind[name][0] for name in all_scores}, all_scores)
     for name in names:
-        assert sweep.tune is not None
-        scores = {lr: _score(output / FOLDER, _candidate(name, lr)) for lr in sweep.tune.lr}
-        ended = {lr: score["ce_loss_increase"] for lr, score in scores.items() if "ce_loss_increase" in score}
+        scores = all_scores[name]
+        ended = costs(_ended(scores), slopes[name])
         if not ended:
             continue
+        if slopes[name] is None and (apart := differ_in_l0(_ended(scores).values())):
+            logger.warning(
+                f"{name}: its candidates differ in L0, {apart[0]:.3g} to {apart[1]:.3g}, and what that is worth is not known, so the lowest "
+                "CE loss increase was chosen; give the sweep several sparsities"
+            )
         lr = min(ended, key=lambda lr: (ended[lr], lr))
         at_end = [end for end, word in ((min(sweep.tune.lr), "lowest"), (max(sweep.tune.lr), "highest")) if end == lr]
         if at_end:
@@ -110,6 +121,35 @@ def decide(sweep: Sweep, names: Sequence[str], output: Path) -> None:
             "settings": _recorded(sweep, by_kind[name][0]),
         }
     write_whole(output / FILENAME, json.dumps(choices, indent=1))
+
+
+def _ended(scores: Mapping[float, Mapping[str, Any]]) -> dict[float, Score]:
+    return {lr: score for lr, score in scores.items() if "ce_loss_increase" in score}
+
+
+def _slopes(
+    firsts: Mapping[str, Point], all_scores: Mapping[str, Mapping[float, Mapping[str, Any]]]
+) -> dict[str, float | None]:
+    """By kind, what L0 is worth to it and to those that differ from it in sparsity only, at one learning rate each."""
+    families: dict[str, list[str]] = {}
+    for name, point in firsts.items():
+        families.setdefault(_apart_from_sparsity(point), []).append(name)
+    found: dict[str, float | None] = {}
+    for names in families.values():
+        curves: dict[float, list[Score]] = {}
+        for name in names:
+            for lr, score in _ended(all_scores[name]).items():
+                if score.get("l0", 0) > 0 and score["ce_loss_increase"] > 0:
+                    curves.setdefault(lr, []).append(score)
+        found |= dict.fromkeys(names, slope(curves.values()))
+    return found
+
+
+def _apart_from_sparsity(point: Point) -> str:
+    """A point's settings without what sets its sparsity, as text."""
+    sae = point.settings.get("sae")
+    kept = {key: value for key, value in sae.items() if key not in SPARSITY_FIELDS} if isinstance(sae, dict) else sae
+    return json.dumps({**_settings(point), "sae": kept}, sort_keys=True, default=str)
 
 
 def tuned(sweep: Sweep, output: Path) -> tuple[Sweep, dict[str, str]]:
