@@ -33,10 +33,10 @@ test-matrix: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[matrix]'
 	$(BIN)/nox $(if $(SESSIONS),--session $(SESSIONS))
 
-# What axe-core finds on the pages, in a Chromium: both have to be there, axe-core from npm.
-test-accessibility: $(INSTALLED)
+# What axe-core finds on reports, features pages and the documentation, in a Chromium: both have to be there, axe-core from npm.
+test-accessibility: docs
 	test -f node_modules/axe-core/axe.min.js || npm install --no-save --no-package-lock --silent axe-core
-	$(BIN)/python -m pytest -rs tests/test_features.py tests/test_report.py -k barrier
+	$(BIN)/python -m pytest -rs -m "not long" tests/test_features.py tests/test_report.py tests/test_docs.py -k barrier
 
 # SAEDashboard itself, in an environment that is made for it once: some minutes and 2 GB.
 test-dashboard: $(INSTALLED)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PATIENCE = 40.0
 
@@ -142,6 +144,19 @@ def axe() -> Path | None:
     named = os.environ.get(AXE)
     path = Path(named) if named else Path(__file__).parents[1] / "node_modules/axe-core/axe.min.js"
     return path if path.is_file() else None
+
+
+def check_barriers(*pages: Path, ready: str = "true") -> None:
+    """Fail if axe-core finds anything serious on pages, wide and narrow, light and dark, once `ready`; skip where one cannot look."""
+    executable, script = chromium(), axe()
+    if executable is None or script is None:
+        pytest.skip(f"it takes a Chromium, and axe-core: npm install axe-core, or {AXE}=PATH/axe.min.js")
+    with browser(executable) as page:
+        for path in pages:
+            for width, dark in ((1280, False), (390, True)):
+                page.open(path, width=width, dark=dark)
+                page.wait_for(ready)
+                assert barriers(page, script) == [], path.name
 
 
 def barriers(page: Page, script: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.blocks import ROOT, blocks_of, commands_of
+from tests.browser import check_barriers
 from tests.processes import Done, run_code
 
 DOCS = ROOT / "docs"
@@ -26,6 +27,15 @@ def run_page(page: Path, cwd: Path) -> Done:
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     done = run_page(page, tmp_path)
     assert done.returncode == 0, f"{page.relative_to(ROOT)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+
+@pytest.mark.docs
+def test_nothing_on_the_site_is_a_barrier() -> None:
+    """As `make docs` has built it; the page for what is not there has addresses of a server."""
+    pages = [page for page in sorted((ROOT / "site").rglob("*.html")) if page.name != "404.html"]
+    if not pages:
+        pytest.skip("the site is not built: make docs")
+    check_barriers(*pages)
 
 
 def test_a_block_that_fails_is_named_with_its_page_and_line(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sae_lens_e2e.features.text import pieces, token_text, visible
 from sae_lens_e2e.splice import Site, SplicedModel, Where
 from sae_lens_e2e.studies.logit_effects import at_positions, feature_activations, logit_effects
 from sae_lens_e2e.studies.neighbours import nearest_features, unmatched
-from tests.browser import AXE, axe, barriers, browser, chromium
+from tests.browser import browser, check_barriers, chromium
 from tests.models import dataset_of, random_model, random_tokens, run_with_hooks
 from tests.saes import inference_sae, randomised, training_sae
 from tests.test_report import BATCH, D_SAE, HOOK, N_CTX, SCREENSHOTS, an_sae, data, save
@@ -350,13 +350,7 @@ CONTRAST = """() => {
 
 
 def test_nothing_on_the_page_is_a_barrier(page: Path) -> None:
-    executable, script = chromium(), axe()
-    if executable is None or script is None:
-        pytest.skip(f"it takes a Chromium, and axe-core: npm install axe-core, or {AXE}=PATH/axe.min.js")
-    with browser(executable) as tab:
-        for width, dark in ((1280, False), (390, True)):
-            tab.open(page, width=width, dark=dark)
-            assert barriers(tab, script) == []
+    check_barriers(page)
 
 
 # What is refused.

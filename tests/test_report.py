@@ -37,7 +37,7 @@ from sae_lens_e2e.studies.geometry import Geometry, Interval
 from sae_lens_e2e.training.history import write_history
 from tests.apollo import HOOK as APOLLO_HOOK
 from tests.apollo import golden_parameters, run_config, write_run
-from tests.browser import AXE, axe, barriers, browser, chromium
+from tests.browser import browser, check_barriers, chromium
 from tests.models import GOLDEN, apollo_tiny4l, dataset_of, random_model, random_tokens
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -824,11 +824,4 @@ def test_every_figure_is_drawn_in_a_browser_which_has_nothing_to_complain_of(mad
 
 
 def test_nothing_on_the_page_is_a_barrier(made: Path) -> None:
-    executable, script = chromium(), axe()
-    if executable is None or script is None:
-        pytest.skip(f"it takes a Chromium, and axe-core: npm install axe-core, or {AXE}=PATH/axe.min.js")
-    with browser(executable) as page:
-        for width, dark in ((1280, False), (390, True)):
-            page.open(made, width=width, dark=dark)
-            page.wait_for("[...document.querySelectorAll('.plot')].every((plot) => plot.dataset.drawn)")
-            assert barriers(page, script) == []
+    check_barriers(made, ready="[...document.querySelectorAll('.plot')].every((plot) => plot.dataset.drawn)")
