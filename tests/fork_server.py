@@ -15,17 +15,19 @@ class SharedServer(forkserver.ForkServer):
     def __init__(self, name: str, preload: list[str]) -> None:
         super().__init__()
         self.set_forkserver_preload(preload)
+        self._shares = False
         self._variable = f"SAE_LENS_E2E_TESTS_{name}_SERVER"
 
     def share(self) -> None:
         """Start it, for this process and all that this one starts, for as long as this one lives."""
+        self._shares = True
         self.ensure_running()
         # The first byte of an address without a file is 0, which an environment cannot hold.
         os.environ[self._variable] = str(self._forkserver_address).replace("\0", "@")
 
     def ensure_running(self) -> None:
         shared = os.environ.get(self._variable)
-        if shared is None or self._forkserver_pid is not None:
+        if shared is None or self._shares:
             with pytest.MonkeyPatch.context() as patch:
                 # Read when it is imported, and that is here.
                 patch.setenv("HF_HUB_OFFLINE", "1")
