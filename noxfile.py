@@ -11,27 +11,26 @@ nox.options.error_on_missing_interpreters = False
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # What touches the libraries below: their private names, their models, stores, configs and trainers, and their files.
-FAST = (
-    *(
-        "tests/test_upstream.py",
-        "tests/test_runner.py",
-        "tests/test_saes.py",
-        "tests/test_splice.py",
-        "tests/test_store.py",
-    ),
-    *(
-        "tests/test_startup.py",
-        "tests/test_hooked_transformer.py",
-        "tests/test_neuronpedia.py",
-        "tests/test_figures.py",
-    ),
+FAST = tuple(
+    f"tests/test_{room}.py"
+    for room in (
+        "upstream",
+        "runner",
+        "saes",
+        "splice",
+        "store",
+        "startup",
+        "hooked_transformer",
+        "neuronpedia",
+        "figures",
+    )
 )
 
 
-def run(session: nox.Session, resolution: str, *tests: str) -> None:
+def run(session: nox.Session, resolution: str) -> None:
     """Install as somebody would, with no exact versions but those that the bounds leave, and run tests."""
     session.install("--resolution", resolution, "--editable", ".[test]")
-    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *(session.posargs or tests))
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session(python=PYTHONS)

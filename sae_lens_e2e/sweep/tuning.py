@@ -2,7 +2,8 @@
 
 Points that differ in their seed only are of one kind. Its candidates are runs of the first of them, each with another learning rate, on the
 training documents without a validation part; the one with the lowest CE loss increase there gives all points of the kind their learning rate.
-Where they differ in L0, they are compared at equal L0 (`equal_l0.py`), as far as the sweep's other sparsities say what L0 is worth. The points themselves are then trained on all training documents, as any run is.
+Where they differ in L0, they are compared at equal L0 (`equal_l0.py`), as far as the sweep's other sparsities say what L0 is worth. The points
+themselves are then trained on all training documents, as any run is.
 """
 
 import json
