@@ -7,8 +7,6 @@ import torch
 from sae_lens.util import str_to_dtype
 from torch import nn
 
-from sae_lens_e2e.splice.hooked_transformer import official_model_name
-
 try:
     from transformer_lens.model_bridge import TransformerBridge
 except ImportError:
@@ -57,8 +55,3 @@ def hooked_transformer_hook(model: nn.Module, hook_name: str) -> str | None:
     hooks: Any = model.hook_dict
     names = [name for name, point in hooks.items() if point is hooks.get(hook_name)]
     return next((name for name in names if name.split(".")[-1] in _SAME_IN_HOOKED_TRANSFORMER), None)
-
-
-def knows_hooked_transformer(model_name: str) -> bool:
-    """Whether TransformerLens loads a model of that name as a HookedTransformer."""
-    return official_model_name(model_name) is not None

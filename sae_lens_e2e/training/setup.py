@@ -15,7 +15,8 @@ from sae_lens_e2e.architectures.transcoder import widths_of
 from sae_lens_e2e.objectives import CrossEntropy
 from sae_lens_e2e.splice import Compilation, Site, SplicedModel, check_sites, excluded
 from sae_lens_e2e.splice.bridge import MODEL_CLASS as BRIDGE
-from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, knows_hooked_transformer, load_bridge
+from sae_lens_e2e.splice.bridge import hooked_transformer_hook, is_bridge, load_bridge
+from sae_lens_e2e.splice.hooked_transformer import official_model_name
 from sae_lens_e2e.splice.positions import Positions
 from sae_lens_e2e.training import ranks
 from sae_lens_e2e.training.cost import training_flops
@@ -193,7 +194,7 @@ def complete_metadata(
             for key in ("hook_name", "hook_name_out")
             if metadata[key] is not None
         }
-        if None not in names.values() and knows_hooked_transformer(cfg.model_name):
+        if None not in names.values() and official_model_name(cfg.model_name) is not None:
             for key, hook in names.items():
                 metadata[key] = hook
             metadata.model_class_name = "HookedTransformer"
