@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sae_lens_e2e import E2ERunnerConfig, E2ETrainingRunner, embedded
 from sae_lens_e2e.cli import main
-from sae_lens_e2e.evaluation import evaluate
+from sae_lens_e2e.evaluation import Evaluation, evaluate
 from sae_lens_e2e.evaluation.files import read_evaluation
 from sae_lens_e2e.evaluation.one_pass import OnePass
 from sae_lens_e2e.loading import load_documents, load_model
@@ -71,7 +71,8 @@ def test_whoever_trains_or_evaluates_reads_the_same_tokens(tmp_path: Path) -> No
     dataset = stories(tmp_path)
     model = load_model("embedded")
     documents, held_out = load_documents(str(dataset))
-    losses: dict[str, float] = {}
+    found: dict[str, Evaluation] = {}
+    flags = ["--batch-size-prompts", "4", "--max-tokens", "1024"]
     for name, reading in SETTINGS.items():
         folder, given = tmp_path / name, settings(dataset, **reading)
         folder.mkdir()
@@ -88,20 +89,19 @@ def test_whoever_trains_or_evaluates_reads_the_same_tokens(tmp_path: Path) -> No
         for other in (point, folder / "command"):
             assert_same_weights(folder / "run", other)
 
-        sae = SAE.load_from_disk(folder / "run")
-        found = evaluate(sae, model, held_out, verbose=False, **EVALUATION)
-        flags = ["--batch-size-prompts", "4", "--max-tokens", "1024"]
-        assert main(["evaluate", str(folder / "command"), *flags]) == 0
+        found[name] = evaluate(SAE.load_from_disk(folder / "run"), model, held_out, verbose=False, **EVALUATION)
+        assert read_evaluation(point) == found[name]
         page = folder / "report.html"
-        flags += ["--measures", "evaluation", "--figures", "pareto", "--output", str(page)]
-        assert main(["report", str(folder / "run"), *flags]) == 0
-        assert read_evaluation(point) == read_evaluation(folder / "command") == found
+        drawn = ["--measures", "evaluation", "--figures", "pareto", "--output", str(page)]
+        assert main(["report", str(folder / "run"), *flags, *drawn]) == 0
         reported = pd.read_csv(folder / "report_data" / "evaluation.csv")
-        assert reported["ce_loss_with_sae"][0] == pytest.approx(found.ce_loss_with_sae, abs=1e-6)
-        assert reported["ce_loss_without_sae"][0] == pytest.approx(found.ce_loss_without_sae, abs=1e-6)
-        losses[name] = found.ce_loss_without_sae
+        for loss in ("ce_loss_with_sae", "ce_loss_without_sae"):
+            assert reported[loss][0] == pytest.approx(getattr(found[name], loss), abs=1e-6)
     # They are different ways of reading.
-    assert len({round(loss, 4) for loss in losses.values()}) == len(SETTINGS)
+    assert len({round(one.ce_loss_without_sae, 4) for one in found.values()}) == len(SETTINGS)
+    # One command for SAEs that read differently.
+    assert main(["evaluate", *(str(tmp_path / name / "command") for name in SETTINGS), *flags]) == 0
+    assert {name: read_evaluation(tmp_path / name / "command") for name in SETTINGS} == found
 
 
 def test_conversations_are_evaluated_as_they_were_trained_on(tmp_path: Path) -> None:

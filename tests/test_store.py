@@ -30,7 +30,7 @@ DATA = {name: Dataset.from_dict({"text": texts}) for name, texts in TEXTS.items(
 FORMS: dict[str, Callable[[Dataset], Any]] = {
     "map": lambda data: data,
     "shuffled": lambda data: data.shuffle(seed=3),
-    "streamed": lambda data: data.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=4),
+    "streamed": lambda data: data.with_format(None).to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=4),
 }
 PACKING: dict[str, dict[str, Any]] = {
     "packed": {},
