@@ -16,12 +16,6 @@ from tests.fork_server import OURS, STOCK
 
 torch.set_num_threads(1)
 
-# Where single tests take five seconds and more: first, so that at the end none of them keeps one worker when the others are done.
-LONG = {
-    f"test_{room}"
-    for room in ("notebooks", "ranks", "apollo_parity", "example", "readme", "reading", "finetuning", "faithfulness")
-}
-
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
@@ -36,10 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
         # For all workers, while they collect.
         OURS.share()
         STOCK.share()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 def pytest_collection_finish() -> None:

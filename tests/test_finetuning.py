@@ -73,7 +73,7 @@ def locally_trained(model: HookedTransformer, architecture: str, folder: Path, *
         **OF_EMBEDDED,
         store_batch_size_prompts=2,
         train_batch_size_tokens=2 * CONTEXT,
-        training_tokens=100 * 2 * CONTEXT,
+        training_tokens=150 * 2 * CONTEXT,
         lr=5e-3,
         output_path=str(folder),
         checkpoint_path=None,
@@ -137,7 +137,7 @@ def test_it_costs_the_model_less_at_the_l0_it_had(
     architecture: str, settings: dict[str, Any], model: HookedTransformer, tmp_path: Path
 ) -> None:
     source = locally_trained(model, architecture, tmp_path / "local", **settings)
-    amounts = {"training_tokens": 30 * 2 * CONTEXT, "lr": 3e-3, "evaluation_tokens": 12 * CONTEXT}
+    amounts = {"training_tokens": 30 * 2 * CONTEXT, "lr": 3e-3, "evaluation_tokens": 24 * CONTEXT}
     result = finetune(source, override_model=model, output_path=tmp_path / "out", **{**QUICK, **amounts})
     (before,), (after,), (sae,) = result.before.values(), result.after.values(), result.saes.values()
     assert after.kl < 0.95 * before.kl
