@@ -6,8 +6,10 @@ from typing import Any
 
 import papermill
 import pytest
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from tests.blocks import ROOT
+from tests.kernels import launch_copy
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FEW = {"TRAINING_TOKENS": 4096, "FINETUNING_TOKENS": 2048, "EVALUATION_TOKENS": 4096}
@@ -28,6 +30,7 @@ def parameters(notebook: Path) -> str:
 @of_each_notebook
 def test_runs_to_the_end(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(LocalProvisioner, "launch_kernel", launch_copy)
     few = {name: value for name, value in FEW.items() if f"{name} =" in parameters(notebook)}
     papermill.execute_notebook(
         notebook, tmp_path / notebook.name, few, cwd=tmp_path, kernel_name="python3", progress_bar=False

@@ -1,7 +1,6 @@
 """Plugins: the example, really installed and trained with; names that clash; and plugins that are broken."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from sae_lens_e2e import (
 from sae_lens_e2e.objectives.plugins import OWN_PACKAGE, make_objective, plugin_manager
 from sae_lens_e2e.splice import Where
 from sae_lens_e2e.splice.unembedding import LinearUnembedding
-from tests.processes import run_fresh
+from tests.processes import run_fresh, run_stock
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin_objective"
@@ -49,9 +48,11 @@ BROKEN = {
     ),
 }
 
-IN_A_FRESH_PROCESS = """
+WHERE_IT_IS_INSTALLED = """
 import json, sys, warnings
 import torch
+
+sys.path.insert(0, sys.argv[1])
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -75,12 +76,6 @@ print(json.dumps({
 """
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    run = run_fresh(*arguments, cwd=ROOT, **environment)
-    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
-    return run.stdout
-
-
 def fake_install(site: Path, package: str, source: str) -> None:
     """What pip leaves behind for a package of one module with an entry point in our group."""
     module = package.replace("-", "_")
@@ -97,20 +92,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source") / "plugin"
     shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     site = tmp_path_factory.mktemp("site")
-    run_python(
+    installed = run_fresh(
         *("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
         *("--disable-pip-version-check", "--target", str(site), str(source)),
+        cwd=ROOT,
     )
+    assert installed.returncode == 0, installed.stderr
     return site
 
 
 @pytest.fixture(scope="module")
 def report(site: Path) -> dict[str, Any]:
-    """What a fresh process sees that has the example installed, and broken plugins beside it."""
+    """What a process sees that imports this package with the example installed, and broken plugins beside it."""
     for package, source in BROKEN.items():
         fake_install(site, package, source)
-    said = run_python("-c", IN_A_FRESH_PROCESS, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
-    return json.loads(said.splitlines()[-1])
+    run = run_stock(WHERE_IT_IS_INSTALLED, str(site), cwd=ROOT)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_installed_plugin_is_listed_with_its_package(report: dict[str, Any]) -> None:
