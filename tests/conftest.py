@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from pathlib import Path
 
 # Before torch is imported. The models are so small that a second thread costs more than it brings, and a process that a
 # test starts would otherwise take as many threads as the machine has cores beside ours.
@@ -12,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests.fork_server import OURS, STOCK
+from tests.fork_server import OURS, STOCK, WORKERS
 
 torch.set_num_threads(1)
 
@@ -28,8 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()
     if config.getoption("tx", None) and not hasattr(config, "workerinput"):
         # For all workers, while they collect.
+        WORKERS.share()
         OURS.share()
         STOCK.share()
+        worker = f"popen//python={sys.executable} {Path(__file__).with_name('worker.py')}"
+        config.option.tx = [worker] * len(config.option.tx)
 
 
 def pytest_collection_finish() -> None:

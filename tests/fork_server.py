@@ -12,9 +12,10 @@ import pytest
 class SharedServer(forkserver.ForkServer):
     """A fork server of this process, or the one that the process which started this one has shared."""
 
-    def __init__(self, name: str, preload: list[str]) -> None:
+    def __init__(self, name: str, preload: list[str], offline: bool = True) -> None:
         super().__init__()
         self.set_forkserver_preload(preload)
+        self._offline = offline
         self._shares = False
         self._variable = f"SAE_LENS_E2E_TESTS_{name}_SERVER"
 
@@ -29,8 +30,9 @@ class SharedServer(forkserver.ForkServer):
         shared = os.environ.get(self._variable)
         if shared is None or self._shares:
             with pytest.MonkeyPatch.context() as patch:
-                # Read when it is imported, and that is here.
-                patch.setenv("HF_HUB_OFFLINE", "1")
+                if self._offline:
+                    # Read when it is imported, and that is here.
+                    patch.setenv("HF_HUB_OFFLINE", "1")
                 super().ensure_running()
         elif self._forkserver_address is None:
             resource_tracker.ensure_running()
@@ -42,6 +44,8 @@ class SharedServer(forkserver.ForkServer):
 OURS = SharedServer("OURS", ["sae_lens_e2e.cli.train", "sae_lens_e2e.cli.finetune", "tests.reliability.runs"])
 # Another, that knows SAELens alone: whoever loads what we have saved.
 STOCK = SharedServer("STOCK", ["sae_lens"])
+# The workers of a test run. None for what the tests find in a process, which is what they are about in many places.
+WORKERS = SharedServer("WORKERS", ["sae_lens", "pytest"], offline=False)
 
 
 class _Popen(popen_forkserver.Popen):
@@ -61,6 +65,10 @@ class _StockPopen(_Popen):
     server = STOCK
 
 
+class _WorkerPopen(_Popen):
+    server = WORKERS
+
+
 class OurProcess(ForkServerProcess):
     """A copy of the server that has imported this package."""
 
@@ -75,3 +83,11 @@ class StockProcess(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> _StockPopen:  # noqa: N802
         return _StockPopen(process_obj)
+
+
+class WorkerProcess(ForkServerProcess):
+    """A copy of the one that the workers of a test run are copies of."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _WorkerPopen:  # noqa: N802
+        return _WorkerPopen(process_obj)

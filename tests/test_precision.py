@@ -49,7 +49,7 @@ class Trained:
     """Some steps on the same tokens: the losses of each, and the trainer."""
 
     def __init__(self, kind: str, half: str, n_steps: int = N_STEPS, **overrides: Any):
-        tokens = torch.tensor(embedded.load_dataset()[:4]["input_ids"]) if kind == "embedded" else TOKENS
+        tokens = torch.tensor(embedded.load_dataset()[:4]["input_ids"])[:, :128] if kind == "embedded" else TOKENS
         settings = settings_for(kind) | {"autocast_lm": half == "autocast", "context_size": tokens.shape[1]} | overrides
         settings["train_batch_size_tokens"] = tokens.numel()
         settings["training_tokens"] = 100 * tokens.numel()

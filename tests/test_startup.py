@@ -6,14 +6,18 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_CONFIG_GETTERS, NAMED_PRETRAINED_SAE_LOADERS
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import sae_lens_e2e
 from sae_lens_e2e import cli
 from sae_lens_e2e.apollo import loaders
 from sae_lens_e2e.cli import main
+from sae_lens_e2e.cli.known_flags import refuse_unknown_flags
+from sae_lens_e2e.cli.settings_parser import SettingsParser
 from sae_lens_e2e.cli.short_help import HELP_ALL, SHORT
 from sae_lens_e2e.registration import LOADERS
 from tests.processes import run_fresh, run_stock
@@ -26,6 +30,8 @@ AT_ONCE = [
     (["trian"], 2, "there is no command 'trian'; did you mean train?"),
     (["--wrong", "train"], 2, "unrecognized arguments: --wrong"),
     (["evaluate", "my_sae", "--max-tokns", "3"], 2, "--max-tokns 3; did you mean --max-tokens?"),
+    (["train", "--objektive", "e2e"], 2, "unrecognized arguments: --objektive; did you mean --objective?"),
+    (["finetune", "my_sae", "--training_token=3"], 2, "--training_token; did you mean --training_tokens?"),
     *(([name, "--help"], 0, "example:") for name in cli.COMMANDS),
 ]
 """Arguments, the code that they end with, and something of what is said."""
@@ -120,6 +126,28 @@ def test_the_short_help_names_flags_that_there_are(command: str, capsys: pytest.
         said += capsys.readouterr().out
     for flag in (flag for flags in SHORT[command][1].values() for flag in flags if flag != HELP_ALL):
         assert re.search(rf"^ .*{flag}\b", said, flags=re.MULTILINE), flag
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_no_flag_that_there_is_is_taken_for_unknown(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there_are: set[str] = set()
+    parse = SettingsParser.parse_args
+
+    def note(parser: Any, *arguments: Any) -> Any:
+        try:
+            return parse(parser, *arguments)
+        finally:
+            there_are.update(parser._option_string_actions)
+
+    monkeypatch.setattr(SettingsParser, "parse_args", note)
+    for architecture in SAE_TRAINING_CLASS_REGISTRY if command == "train" else ["standard"]:
+        # What it is given besides is wrong, so that nothing is done.
+        assert (
+            main([command, *(["sae"] if command == "finetune" else []), "--architecture", architecture, "--lr", "none"])
+            == 2
+        )
+    assert len(there_are) > 100
+    refuse_unknown_flags(command, sorted(there_are))
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

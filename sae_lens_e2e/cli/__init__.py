@@ -7,9 +7,10 @@ from importlib import import_module
 
 from sae_lens_e2e import __version__
 from sae_lens_e2e.cli.examples import TRAIN
+from sae_lens_e2e.cli.known_flags import refuse_unknown_flags
 from sae_lens_e2e.cli.messages import told
 from sae_lens_e2e.cli.parser import Parser, nearest
-from sae_lens_e2e.cli.short_help import HELP_ALL, is_asked, short_help
+from sae_lens_e2e.cli.short_help import HELP_ALL, SHORT, is_asked, short_help
 from sae_lens_e2e.cli.terminal import RED, styled
 from sae_lens_e2e.errors import named_line, one_line
 from sae_lens_e2e.launch import has_ranks
@@ -26,6 +27,8 @@ def _late(name: str) -> Command:
         if is_asked(name, arguments):
             print(short_help(name), end="")
             raise SystemExit(0)
+        if name in SHORT:
+            refuse_unknown_flags(name, arguments)
         arguments = ["--help" if argument == HELP_ALL else argument for argument in arguments]
         getattr(import_module(f"{__name__}.{name}"), name)(arguments)
 

@@ -54,6 +54,7 @@ _FINETUNE = {
         "--architecture": "to go on as (default: as it was trained)",
         "--hold_l0": "whether L0 is held (default: true)",
         "--thresholds": "move or stay, of a jumprelu SAE",
+        "--fold_centring": "make an SAE of a processed model one of the unprocessed",
         "--device": "cpu, cuda, cuda:1, ...",
     },
     "what is evaluated and written": {
