@@ -7,7 +7,7 @@ CIRCUIT_TRACER := .venv-circuit-tracer
 SPARSIFY := .venv-sparsify
 BARE := .venv-dist
 
-.PHONY: demo test test-matrix test-long test-accessibility test-dashboard test-circuit-tracer lint docs dist benchmark benchmark-peers clean
+.PHONY: demo test test-matrix test-long test-accessibility test-dashboard test-saebench test-circuit-tracer lint docs dist benchmark benchmark-peers clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,7 +40,11 @@ test-accessibility: docs
 
 # SAEDashboard itself, in an environment that is made for it once: some minutes and 2 GB.
 test-dashboard: $(INSTALLED)
-	SAE_LENS_E2E_DASHBOARD_PYTHON=make $(BIN)/python -m pytest -m slow
+	SAE_LENS_E2E_DASHBOARD_PYTHON=make $(BIN)/python -m pytest -m slow tests/test_dashboard.py
+
+# SAEBench itself, likewise.
+test-saebench: $(INSTALLED)
+	SAE_LENS_E2E_SAEBENCH_PYTHON=make $(BIN)/python -m pytest -m slow tests/test_saebench.py
 
 # circuit-tracer itself, in an environment that is made for it once: some minutes and 2 GB.
 test-circuit-tracer: $(INSTALLED) $(CIRCUIT_TRACER)/.installed

@@ -5,12 +5,13 @@ import runpy
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-from tests.processes import start
+from tests.processes import redirect, start
 
 
 class Kernel:
@@ -48,6 +49,7 @@ async def launch_copy(self: LocalProvisioner, cmd: list[str], **kwargs: Any) -> 
 
 
 def _run(command: list[str], cwd: str, env: dict[str, str]) -> None:
+    redirect(Path(os.devnull), Path(os.devnull))
     os.chdir(cwd)
     os.environ.update(env)
     # python -m ipykernel_launcher -f FILE

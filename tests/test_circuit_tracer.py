@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lens_e2e import embedded, save_for_circuit_tracer
+from sae_lens_e2e.elsewhere.export import export_model
 from sae_lens_e2e.evaluation.running import SplicedSAE
-from sae_lens_e2e.publishing.dashboard.export import export_model
 from sae_lens_e2e.splice import Site, SplicedModel, Where
 from tests.saes import inference_sae, randomised
 from tests.test_transcoders import config, single

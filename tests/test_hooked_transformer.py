@@ -36,8 +36,8 @@ from sae_lens_e2e.evaluation import evaluate
 
 rooms = [one.name for one in pkgutil.walk_packages(sae_lens_e2e.__path__, "sae_lens_e2e.")]
 for name in rooms:
-    # What runs within SAEDashboard's own environment, and the program.
-    if ".dashboard" not in name and not name.endswith("__main__"):
+    # What runs within other programs' own environments, and the program.
+    if not name.endswith((".driver", "__main__")):
         importlib.import_module(name)
 
 model = TransformerBridge.boot_native(

@@ -16,7 +16,9 @@ def test_it_is_one_page_with_one_snippet_one_picture_and_one_table_of_results() 
     assert len(text.splitlines()) < 150
     assert len(SNIPPETS) == 1
     assert len(re.findall(r"!\[", text)) == 1
-    assert "| `warm_e2e_ds`" in text
+    table, _of_the_documentation = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert "warm start" in table.splitlines()[0]
+    assert [row.split("`")[1] for row in table.splitlines()[2:]] == ["topk", "batchtopk", "jumprelu", "standard"]
 
 
 def test_the_snippet_trains_and_saves_a_stock_sae(tmp_path: Path) -> None:

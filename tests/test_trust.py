@@ -105,6 +105,7 @@ def test_no_command_loads_a_strangers_code_unasked(
         "evaluate": [],
         "report": ["--output", str(tmp_path / "report.html"), "--measures", "evaluation"],
         "dashboard": ["--dataset", "NAME", "--python", "no-such-python"],
+        "saebench": [],
     }
     for command, flags in commands.items():
         assert main([command, str(strangers), *flags]) == 2
@@ -115,7 +116,7 @@ def test_no_command_loads_a_strangers_code_unasked(
     for command, flags in commands.items():
         assert main([command, str(strangers), "--trust-remote-code", *flags]) == 2
         assert "--trust-remote-code" not in capsys.readouterr().err.strip().splitlines()[-1]
-    assert asked == [{"trust_remote_code": True}] * 2
+    assert asked == [{"trust_remote_code": True}] * 3
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         make_report([strangers], tmp_path / "report.html")
     with pytest.raises(ValueError, match="trust_remote_code=True"):

@@ -46,6 +46,7 @@ _SAID = {
     "objectives": "list the objectives that are installed, and where each is from",
     "convert": "turn Apollo's SAEs, or any of SAELens', into folders for Neuronpedia",
     "dashboard": "run SAEDashboard on a folder",
+    "saebench": "run SAEBench's core evaluation on SAEs, for a report to show beside ours",
     "upload": "put folders on the Hugging Face Hub, with a model card",
 }
 

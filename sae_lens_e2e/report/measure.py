@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sae_lens_e2e.bench.bench import Bench
 from sae_lens_e2e.bench.members import Member, Skipped
-from sae_lens_e2e.errors import kept_to
+from sae_lens_e2e.errors import kept_to, one_line
 from sae_lens_e2e.evaluation import TogetherEvaluation
 from sae_lens_e2e.evaluation.files import read_together
 from sae_lens_e2e.report.close_up import measure_all_directions, measure_all_faithfulness, measure_geometry
@@ -12,6 +12,7 @@ from sae_lens_e2e.report.evaluations import evaluate_all
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import similar_set
 from sae_lens_e2e.report.store import Store
+from sae_lens_e2e.saebench.results import CoreResults, read_core_results
 
 MEASURES = ("evaluation", "geometry", "directions", "faithfulness")
 """Each may be left out."""
@@ -46,6 +47,7 @@ def measure_all(
     if "evaluation" in measures:
         alive = evaluate_all(results, bench, store, verbose)
         results.compared = similar_set(results.evaluations)
+        results.saebench = _saebench(results, bench)
     if "geometry" in measures:
         measure_geometry(results, bench, store, alive, verbose)
     if "directions" in measures:
@@ -65,4 +67,31 @@ def _together(results: Results) -> dict[str, TogetherEvaluation]:
         ):
             if (evaluation := read_together(run)) is not None:
                 found[run.name] = evaluation
+    return found
+
+
+def _saebench(results: Results, bench: Bench) -> dict[str, CoreResults]:
+    """What SAEBench has found of the SAEs that were evaluated, where that is of the bench's tokens."""
+    found: dict[str, CoreResults] = {}
+    for member in results.members:
+        if member.folder is None:
+            continue
+        try:
+            core = read_core_results(member.folder)
+        except (OSError, ValueError) as error:
+            results.notes.append(f"What SAEBench found of {member.name} is left out: {one_line(error)}")
+            continue
+        if core is None:
+            continue
+        if (core.dataset, core.context_size, core.n_tokens) == (
+            bench.dataset_name,
+            bench.setting.context_size,
+            bench.n_tokens,
+        ):
+            found[member.name] = core
+        else:
+            results.notes.append(
+                f"What SAEBench found of {member.name} is left out: it is of {core.n_tokens:,} tokens of {core.dataset} in prompts of "
+                f"{core.context_size}; run `sae-lens-e2e saebench` with the settings of this report"
+            )
     return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from sae_lens_e2e.bench.members import Member, Skipped
 from sae_lens_e2e.evaluation import Evaluation, TogetherEvaluation
 from sae_lens_e2e.report.selection import baseline_of, factor
+from sae_lens_e2e.saebench.results import CoreResults
 from sae_lens_e2e.studies.directions import Directions
 from sae_lens_e2e.studies.faithfulness import Faithfulness
 from sae_lens_e2e.studies.geometry import Geometry
@@ -24,6 +25,8 @@ class Results:
     faithfulness: dict[str, Faithfulness] = field(default_factory=dict)
     together: dict[str, TogetherEvaluation] = field(default_factory=dict)
     """By run, what the SAEs that were trained in it cost at once, as `evaluate` has left it beside them."""
+    saebench: dict[str, CoreResults] = field(default_factory=dict)
+    """SAEBench's figures on the same tokens, as `sae-lens-e2e saebench` has left them beside the SAEs."""
     reused: list[str] = field(default_factory=list)
     """Evaluations that were found beside the SAEs."""
     notes: list[str] = field(default_factory=list)

@@ -30,7 +30,7 @@ PAPER = (
 )
 # Title, then the figures and tables under it, by name.
 _CONTENT = {
-    "cost": ("Cost and sparsity", ("pareto",), ("saes", "seeds", "similar_ce", "similar_l0", "at_equal")),
+    "cost": ("Cost and sparsity", ("pareto",), ("saes", "seeds", "similar_ce", "similar_l0", "at_equal", "saebench")),
     "layers": ("Later layers", ("layers",), ()),
     "together": ("Several at once", ("replacement",), ("replacement",)),
     "features": ("Features", ("geometry", "firing"), ("geometry",)),

@@ -13,6 +13,7 @@ from sae_lens_e2e.report.fair import over_seeds, seeded_frame
 from sae_lens_e2e.report.results import Results
 from sae_lens_e2e.report.selection import SIMILAR, baseline_of, factor, nearest
 from sae_lens_e2e.report.table import Cell, Column, Table
+from sae_lens_e2e.saebench.results import SHOWN, CoreResults
 from sae_lens_e2e.studies.pareto import comparison_frame, headline
 
 SECONDS = "details/seconds"
@@ -89,6 +90,32 @@ def replacement(results: Results) -> Table:
     ]
     note = "As `sae-lens-e2e evaluate` left it beside the SAEs: the first, the first two and so on, in order of depth, and each alone."
     return Table("replacement", "Several at once", columns, groups, note)
+
+
+def saebench(results: Results) -> Table:
+    """What SAEBench's core evaluation says, beside ours."""
+    columns = [
+        *_what(results),
+        *(
+            Column(f"{MEASURES[measure].label}, {whose}", MEASURES[measure].format)
+            for measure in SHOWN
+            for whose in ("ours", "SAEBench’s")
+        ),
+    ]
+    rows = [
+        [*_which(results, one), *_beside_ours(results.evaluations[one.name], results.saebench[one.name])]
+        for one in results.members
+        if one.name in results.saebench
+    ]
+    note = "On the same tokens; SAEBench takes the mean over those that are not BOS, EOS or padding."
+    return Table("saebench", "SAEBench’s core evaluation", columns, [rows], note)
+
+
+def _beside_ours(ours: Evaluation, core: CoreResults) -> list[float]:
+    at_hook = {"cosine": ours.at_hook.cosine}
+    return [
+        value for measure in SHOWN for value in (at_hook.get(measure) or getattr(ours, measure), getattr(core, measure))
+    ]
 
 
 def geometry(results: Results) -> Table:
@@ -281,6 +308,8 @@ def tables(results: Results) -> Iterator[Table]:
             yield from (table for table in (similar_ce(results), similar_l0(results)) if table.groups)
             yield at_equal(results)
         yield l2_ratio(results)
+    if results.saebench:
+        yield saebench(results)
     if results.together:
         yield replacement(results)
     if results.geometry:

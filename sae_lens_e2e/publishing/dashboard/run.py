@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -18,35 +16,39 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.util import extract_layer_from_tlens_hook_name
 from safetensors.torch import save_file
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from sae_lens_e2e.architectures.transcoder import widths_of
+from sae_lens_e2e.elsewhere.export import export_model
+from sae_lens_e2e.elsewhere.host import MODEL, TOKENS
+from sae_lens_e2e.elsewhere.program import Program
 from sae_lens_e2e.evaluation.tokens import Setting, token_batches
 from sae_lens_e2e.loading.folder import load_folder
 from sae_lens_e2e.loading.metadata import model_settings
 from sae_lens_e2e.loading.saes import is_sae_folder
 from sae_lens_e2e.output import claim_output, written_whole
-from sae_lens_e2e.publishing.dashboard.driver import ERROR, JOB, MODEL, OUTPUTS, TOKENS
-from sae_lens_e2e.publishing.dashboard.environment import checked_python, own_python
-from sae_lens_e2e.publishing.dashboard.export import export_model
 from sae_lens_e2e.publishing.neuronpedia import REQUIRED
 from sae_lens_e2e.splice import SplicedModel, check_sites
+from sae_lens_e2e.splice.hooked_transformer import is_hooked_transformer
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 RECORD = "dashboard.json"
 """What was asked of SAEDashboard, and of which SAE; also what tells a folder of ours."""
 
-_DRIVER = Path(__file__).with_name("driver.py")
+SAE_DASHBOARD = Program("SAEDashboard", "sae-dashboard", "0.8.0", Path(__file__).parent)
+
+_OUTPUTS = "outputs"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 # SAEDashboard reads a dataset so many prompts at a time, and leaves out what does not fill one time.
 _PROMPTS_READ_AT_A_TIME = 8
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def make_dashboard(
     sae_folder: str | Path,
     output: str | Path,
     *,
-    model: HookedTransformer | None = None,
+    model: "HookedTransformer | None" = None,
     dataset: HfDataset | None = None,
     n_features: int | None = None,
     n_prompts: int = 4096,
@@ -98,7 +100,7 @@ def make_dashboard(
         raise ValueError(f"n_features={n_features}: the SAE has {sae.cfg.d_sae} features; ask for no more")
     _check_source(sae, model, dataset, n_prompts)
     claim_output(output, overwrite, made_by=RECORD)
-    given = None if python is None else checked_python(python)
+    given = None if python is None else SAE_DASHBOARD.checked_python(python)
     with written_whole(output) as partial, tempfile.TemporaryDirectory(dir=partial) as folder:
         working = Path(folder)
         if model is not None:
@@ -112,7 +114,7 @@ def make_dashboard(
             "sae_path": str(Path(sae_folder).resolve()),
             "from_local_sae": True,
             "sae_set": _set_name(metadata.neuronpedia_id, Path(sae_folder)),
-            "outputs_dir": OUTPUTS,
+            "outputs_dir": _OUTPUTS,
             "huggingface_dataset_path": metadata.dataset_path or "local",
             "n_prompts_total": n_prompts,
             "n_tokens_in_prompt": metadata.context_size,
@@ -127,9 +129,12 @@ def make_dashboard(
             "n_features": n_shown,
             "hook_name": metadata.hook_name,
             "model_from_pretrained_kwargs": kwargs,
+            "model": MODEL,
+            "tokens": TOKENS,
         }
-        run_driver(job, working, given or own_python(), verbose)
-        written = list(working.glob(f"{OUTPUTS}/**/batch-*.json"))
+        # In a new folder: SAEDashboard takes activations that it finds where it runs for those of the tokens it is given.
+        SAE_DASHBOARD.run(job, working, given or SAE_DASHBOARD.own_python(), verbose)
+        written = list(working.glob(f"{_OUTPUTS}/**/batch-*.json"))
         if len(written) != math.ceil(n_shown / n_features_at_a_time):
             raise ChildProcessError(f"SAEDashboard ended without an error, but wrote {len(written)} files only")
         for batch in written:
@@ -201,29 +206,7 @@ def distinct_prompts(
     return tokens
 
 
-def run_driver(job: dict[str, Any], working: Path, python: Path, verbose: bool = True) -> None:
-    """Have another interpreter run SAEDashboard in a folder of its own. Raises ChildProcessError with what it says if it fails.
-
-    The folder has to be new: SAEDashboard takes activations that it finds where it runs for those of the tokens it is given.
-    """
-    (working / JOB).write_text(json.dumps(job))
-    offline = _OFFLINE if (working / TOKENS).exists() else {}
-    done = subprocess.run(
-        # Isolated, because a script's own folder is searched for imports otherwise, and so is PYTHONPATH.
-        [python, "-I", "-W", "ignore", _DRIVER],
-        cwd=working,
-        env=os.environ | offline,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=None if verbose else subprocess.DEVNULL,
-    )
-    if done.returncode != 0:
-        error = working / ERROR
-        said = error.read_text().strip() if error.exists() else f"it ended with exit status {done.returncode}"
-        raise ChildProcessError(f"SAEDashboard failed: {' '.join(said.split())}")
-
-
-def _check_source(sae: SAE[Any], model: HookedTransformer | None, dataset: HfDataset | None, n_prompts: int) -> None:
+def _check_source(sae: SAE[Any], model: "HookedTransformer | None", dataset: HfDataset | None, n_prompts: int) -> None:
     metadata = sae.cfg.metadata
     if dataset is None and n_prompts % _PROMPTS_READ_AT_A_TIME:
         raise ValueError(
@@ -237,7 +220,7 @@ def _check_source(sae: SAE[Any], model: HookedTransformer | None, dataset: HfDat
                 f"HookedTransformer.from_pretrained_no_processing({metadata.model_name!r})"
             )
         return
-    if not isinstance(model, HookedTransformer):
+    if not is_hooked_transformer(model):
         raise ValueError(f"model is a {type(model).__name__}, and SAEDashboard runs a HookedTransformer")
     setting, splice = Setting.of(sae, model), SplicedModel(model)
     setting.check(splice.n_ctx)

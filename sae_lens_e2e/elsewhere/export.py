@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_e2e.splice import SplicedModel
 
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-def export_model(model: HookedTransformer, folder: Path, hook_name: str, context_size: int) -> None:
+
+def export_model(model: "HookedTransformer", folder: Path, hook_name: str, context_size: int) -> None:
     """Write a model to a new folder: its config and tokenizer as JSON, its weights and one activation as safetensors.
 
     The activation, at `hook_name` on `context_size` tokens, is there for whoever reads the model to see that it computes the
@@ -40,7 +42,7 @@ def export_model(model: HookedTransformer, folder: Path, hook_name: str, context
     save_file({"tokens": tokens, "activation": activation.cpu().contiguous()}, folder / "activation.safetensors")
 
 
-def _settings(cfg: HookedTransformerConfig) -> dict[str, Any]:
+def _settings(cfg: "HookedTransformerConfig") -> dict[str, Any]:
     """All that a config says about the model, and not about where it runs."""
     settings = {
         name: value for name, value in cfg.to_dict().items() if name not in ("device", "n_devices", "init_weights")
