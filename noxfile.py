@@ -27,10 +27,10 @@ FAST = tuple(
 )
 
 
-def run(session: nox.Session, resolution: str) -> None:
+def run(session: nox.Session, resolution: str, *tests: str) -> None:
     """Install as somebody would, with no exact versions but those that the bounds leave, and run tests."""
     session.install("--resolution", resolution, "--editable", ".[test]")
-    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *tests, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
@@ -45,7 +45,7 @@ def oldest(session: nox.Session) -> None:
     run(session, "lowest-direct")
 
 
-@nox.session(python=False, default=False)
+@nox.session(default=False)
 def fast(session: nox.Session) -> None:
-    """A few minutes of it: on the environment that there is, what touches the libraries below."""
-    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *FAST)
+    """Minutes of it: what touches the libraries below, on the lower bounds and the Python that runs this."""
+    run(session, "lowest-direct", *FAST)
