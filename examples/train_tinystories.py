@@ -61,6 +61,7 @@ class Settings:
     downstream_hooks: tuple[str, ...] | None = None
     sparsity: float = 0.1
     tokens: int = 1_280_000
+    evaluation_tokens: int | None = None
     d_sae: int = 1024
     context: int = 256
     batch: int = 2
@@ -135,7 +136,7 @@ def train_and_evaluate(settings: Settings, model: HookedRootModule, documents: A
     """Train one SAE, save it, and evaluate what was saved as anyone would load it."""
     train(settings, model, documents)
     sae = SAE.load_from_disk(settings.output, device=settings.device)
-    return evaluate(sae, model, held_out)
+    return evaluate(sae, model, held_out, max_tokens=settings.evaluation_tokens)
 
 
 def table(results: dict[str, Evaluation]) -> str:
@@ -170,6 +171,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
     parser.add_argument("--downstream-hooks", nargs="+", help="for e2e_ds (default: the input of every later block)")
     parser.add_argument("--sparsity", type=float, help=f"l1_coefficient (default: {default.sparsity})")
     parser.add_argument("--tokens", type=int, help=f"to train on (default: {default.tokens})")
+    parser.add_argument("--evaluation-tokens", type=int, help="held-out tokens to evaluate on (default: all)")
     parser.add_argument("--d-sae", type=int, help=f"features (default: {default.d_sae})")
     parser.add_argument("--context", type=int, help=f"tokens a prompt (default: {default.context})")
     parser.add_argument("--batch", type=int, help=f"prompts an optimizer step (default: {default.batch})")

@@ -12,11 +12,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
 from tests.fork_server import OURS, STOCK, WORKERS
-
-torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)

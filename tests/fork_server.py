@@ -44,7 +44,7 @@ class SharedServer(forkserver.ForkServer):
 OURS = SharedServer("OURS", ["sae_lens_e2e.cli.train", "sae_lens_e2e.cli.finetune", "tests.reliability.runs"])
 # Another, that knows SAELens alone: whoever loads what we have saved.
 STOCK = SharedServer("STOCK", ["sae_lens"])
-# The workers of a test run. None for what the tests find in a process, which is what they are about in many places.
+# The workers of a test run, which may ask a Hub.
 WORKERS = SharedServer("WORKERS", ["sae_lens", "pytest"], offline=False)
 
 

@@ -9,7 +9,7 @@ from tests.processes import Done, run_script
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_tinystories.py"
-SHORT = ["--tokens", "4096", "--d-sae", "128", "--context", "64", "--batch", "8"]
+SHORT = ["--tokens", "4096", "--evaluation-tokens", "8192", "--d-sae", "128", "--context", "64", "--batch", "8"]
 REFERENCE = ROOT.parent / "shared"
 
 

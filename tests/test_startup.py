@@ -16,7 +16,7 @@ import sae_lens_e2e
 from sae_lens_e2e import cli
 from sae_lens_e2e.apollo import loaders
 from sae_lens_e2e.cli import main
-from sae_lens_e2e.cli.known_flags import refuse_unknown_flags
+from sae_lens_e2e.cli.known_flags import unknown_flag
 from sae_lens_e2e.cli.settings_parser import SettingsParser
 from sae_lens_e2e.cli.short_help import HELP_ALL, SHORT
 from sae_lens_e2e.registration import LOADERS
@@ -147,7 +147,8 @@ def test_no_flag_that_there_is_is_taken_for_unknown(command: str, monkeypatch: p
             == 2
         )
     assert len(there_are) > 100
-    refuse_unknown_flags(command, sorted(there_are))
+    assert unknown_flag(command, sorted(there_are)) is None
+    assert unknown_flag(command, ["--lr", "--wrong"]) == "--wrong"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -1,6 +1,7 @@
 """Which flags `train` and `finetune` have: the fields of the configs, read from their source, as importing them takes seconds."""
 
 import ast
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,23 @@ _SAE_LENS_WITH_CONFIGS = ("config.py", "saes/*.py")
 
 
 def refuse_unknown_flags(command: str, arguments: Sequence[str]) -> None:
-    """Raise ValueError, with the nearest flag, for one that no config has a field for; what else is wrong, the command itself says."""
+    """Raise ValueError, with the nearest flag, for one that there is not; what else is wrong, the command itself says.
+
+    Where SAELens is imported already, that says this as well: its parser is as quick then.
+    """
+    if "sae_lens" not in sys.modules and (flag := unknown_flag(command, arguments)) is not None:
+        raise ValueError(f"unrecognized arguments: {flag}{nearest(flag, known_flags(command))}")
+
+
+def unknown_flag(command: str, arguments: Sequence[str]) -> str | None:
+    """The first flag among the arguments that is no field of any config; None if there is none."""
     known = known_flags(command)
     for flag in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
         # --sae.device is the SAE's; --nostreaming is --streaming false.
         name = flag.removeprefix("--").split(".")[-1]
         if known.isdisjoint({flag, f"--{name}", f"--{name.removeprefix('no')}"}):
-            raise ValueError(f"unrecognized arguments: {flag}{nearest(flag, known)}")
+            return flag
+    return None
 
 
 def known_flags(command: str) -> set[str]:
