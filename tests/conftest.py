@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
         WORKERS.share()
         OURS.share()
         STOCK.share()
-        worker = f"popen//python={sys.executable} {Path(__file__).with_name('worker.py')}"
-        config.option.tx = [worker] * len(config.option.tx)
+        program = shlex.join([sys.executable, str(Path(__file__).with_name("worker.py"))])
+        config.option.tx = [f"popen//python={program}" if one == "popen" else one for one in config.option.tx]
 
 
 def pytest_collection_finish() -> None:
