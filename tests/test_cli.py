@@ -265,7 +265,18 @@ def test_a_sweep_and_a_report_from_the_command_line(tmp_path: Path, capsys: pyte
     # A sentence for L0, alive features and CE increase of e2e against local, or why there is none.
     assert len([line for line in captured.out.splitlines() if line.endswith(".") and "e2e" in line]) == 3
     page = tmp_path / "report.html"
-    flags = ("--max-tokens", "256", "--batch-size-prompts", "4", "--measures", "evaluation", "--output", str(page))
+    flags = (
+        "--max-tokens",
+        "256",
+        "--batch-size-prompts",
+        "4",
+        "--measures",
+        "evaluation",
+        "--figures",
+        "pareto",
+        "--output",
+        str(page),
+    )
     assert str(page) in said(capsys, "report", str(out), *flags)
     assert "<html" in page.read_text()
     assert "'nothing'" in refused(capsys, "report", str(out), "--measures", "nothing", "--output", str(page))

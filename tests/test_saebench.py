@@ -112,7 +112,9 @@ def test_a_file_that_is_not_its(text: str, tmp_path: Path) -> None:
 
 def reported(folder: Path) -> tuple[str, str | None]:
     """The report's page, and its table of SAEBench's figures."""
-    page = make_report([folder], folder.parent / "report.html", measures=["evaluation"], verbose=False, **TOKENS)
+    page = make_report(
+        [folder], folder.parent / "report.html", measures=["evaluation"], figures=[], verbose=False, **TOKENS
+    )
     table = page.with_name("report_data") / "tables" / "saebench.md"
     return page.read_text(), table.read_text() if table.exists() else None
 
