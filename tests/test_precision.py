@@ -30,8 +30,9 @@ TOLERANCES = {"loss": (0.01, 0.05), "kl": (0.02, 0.1)}
 def settings_for(kind: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"logger": EVERY_STEP, "lr": 3e-3, "training_tokens": 100 * 48}
     if kind == "embedded":
-        sae = TopKTrainingSAEConfig(d_in=64, d_sae=256, k=8)
-        return settings | {"sae": sae, "hook_name": "blocks.3.hook_resid_pre"}
+        sae = TopKTrainingSAEConfig(d_in=64, d_sae=256, k=32)
+        # Where a larger step or fewer features would make the same features take turns, and two runs drift apart by that alone.
+        return settings | {"sae": sae, "lr": 2e-3, "hook_name": "blocks.3.hook_resid_pre"}
     if kind == "llama":
         return settings | {"hook_name": "model.layers.0", "model_class_name": "AutoModelForCausalLM"}
     return settings | {"model_class_name": kind}
@@ -75,7 +76,7 @@ def test_losses_stay_close_to_those_in_float32(kind: str, half: str) -> None:
         for steps, tolerance in ((slice(1), at_first), (slice(-5, None), in_the_end)):
             found, expected = (fmean(float(losses[name]) for losses in of.losses[steps]) for of in (low, full))
             assert found == pytest.approx(expected, rel=tolerance), (name, steps)
-        assert low.losses[-1][name] < 0.6 * low.losses[0][name]
+        assert low.losses[-1][name] < 0.7 * low.losses[0][name]
 
 
 @pytest.mark.parametrize("half", HALVES)
