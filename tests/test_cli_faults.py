@@ -151,10 +151,12 @@ def test_a_damaged_file_is_named_by_every_command(command: str, file: str, fails
     assert f"sae/{file} is damaged" in fails(command, *arguments)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"saes": ' * 5000 + "1" + "}" * 5000], ids=["open", "closed"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"saes": ' * 100_000 + "1" + "}" * 100_000], ids=["open", "closed"]
+)
 @pytest.mark.parametrize("file", ["cfg.json", "runner_cfg.json", "evaluation.json"])
 @pytest.mark.parametrize("command", ["evaluate", "convert", "report", "train"])
-def test_a_file_of_a_thousand_brackets_is_named_or_made_again(
+def test_a_file_of_a_hundred_thousand_brackets_is_named_or_made_again(
     command: str, file: str, content: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = save(an_sae(), tmp_path / "sae")

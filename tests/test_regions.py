@@ -165,9 +165,10 @@ def compile_once(kind: str) -> None:
     with spliced_model.running(Compilation(backend=counter)):
         compiled = Pass(spliced_model, site, hooks)
         n_compiled = counter.frame_count
-        # One block without gradient; then one with it, before the other.
+        # One block without gradient; then one with it, before the other. Gemma 2's take turns: in some versions one gets a mask, one none.
+        n_kinds = 2 if kind == "gemma2" else 1
         assert first_alone[0] > 0
-        assert n_compiled <= 2 * first_alone[0]
+        assert n_compiled <= 2 * n_kinds * first_alone[0]
         again = Pass(spliced_model, site, hooks, checkpoint=True)
     handle.remove()
     assert counter.frame_count == n_compiled

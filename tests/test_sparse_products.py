@@ -46,7 +46,7 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether each product that was looked at had few features."""
     found: list[bool] = []
-    inner = sparse_products._if_sparse
+    inner = sparse_products.as_csr_if_few
 
     def counted(x: Tensor) -> Tensor | None:
         features = inner(x)
@@ -54,7 +54,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return features
 
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_products, "_if_sparse", counted)
+        patch.setattr(sparse_products, "as_csr_if_few", counted)
         yield found
 
 
@@ -118,6 +118,19 @@ def test_a_penalty_goes_over_active_features_and_norms_of_rows(monkeypatch: pyte
         monkeypatch.setattr(owner, name, lambda *given, inner=inner, name=name: (calls.append(name), inner(*given))[1])
     of_pass(make_sae("standard"), True, torch.randn(N_TOKENS, D_IN, dtype=torch.float64))
     assert calls == ["row_norms", "apply"]
+
+
+def test_a_gradient_is_formed_for_all_features_once_and_past_the_relu() -> None:
+    """However much is made of them: a decoder's output, and a penalty."""
+    sae, sums = make_sae("standard"), []
+    with SparseProducts.of(sae.cfg):
+        features, pre = sae.encode_with_hidden_pre(torch.randn(N_TOKENS, D_IN, dtype=torch.float64))
+        pre.register_hook(lambda grad: sums.append(int((grad != 0).sum())))
+        features.register_hook(lambda _: pytest.fail("a gradient went through the ReLU"))
+        error = sae.decode(features).square().mean()
+        penalty = (features * sae.W_dec.norm(dim=1)).norm(p=1, dim=-1).mean()
+    (error + penalty).backward()
+    assert sums == [int((features != 0).sum())]
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_transcoder"])

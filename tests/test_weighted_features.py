@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sae_lens_e2e.architectures.active_features import ActiveFeatures
 from sae_lens_e2e.architectures.weighted_features import WeightedFeatures
 
 N_TOKENS, D_SAE = 6, 40
@@ -24,7 +25,7 @@ def leaves() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weighted(features: Tensor, weights: Tensor) -> WeightedFeatures:
-    return WeightedFeatures(features, weights, features.detach().to_sparse_csr())
+    return WeightedFeatures(features, weights, ActiveFeatures.of(features, features.detach().to_sparse_csr()))
 
 
 def test_the_l1_norm_and_its_gradients_are_the_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:

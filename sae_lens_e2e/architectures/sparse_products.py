@@ -4,11 +4,8 @@ Of 46,080 features some 70 fire on a token. Decoding and the whole backward pass
 SAE's work. SAELens' own classes are left as they are: while one runs its training pass, the matrix products in it are taken over.
 """
 
-import warnings
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -16,17 +13,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from sae_lens_e2e.architectures.active_features import ActiveFeatures, as_csr_if_few, transposed
 from sae_lens_e2e.architectures.row_norms import is_row_norms, row_norms
 from sae_lens_e2e.architectures.weighted_features import WeightedFeatures
 
-MAX_DENSITY = 0.05
-"""A product over active features pays where no more than this part of them fires: a multiplication costs it some ten times as much."""
 MIN_WIDTH = 128
-"""And where an SAE has at least so many inputs: for fewer, looking for the features that fire takes as long as the dense products (at 64 a step
-took 0.19 s against 0.18)."""
+"""A product over active features pays where an SAE has at least so many inputs: for fewer, looking for the features that fire takes as
+long as the dense products (at 64 a step took 0.19 s against 0.18)."""
 MIN_FEATURES = 2048
-ROWS_AT_ONCE = 32
-"""Of tokens, whose features are looked through; so many that a cache holds them."""
 
 ZERO_WHERE_OFF = frozenset(
     {
@@ -38,6 +32,7 @@ ZERO_WHERE_OFF = frozenset(
 
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__}
+_RELUS = {torch.relu, torch.nn.functional.relu, torch.Tensor.relu}
 
 
 class SparseProducts(TorchFunctionMode):
@@ -52,8 +47,10 @@ class SparseProducts(TorchFunctionMode):
     def __init__(self, zero_where_off: bool):
         super().__init__()
         self.zero_where_off = zero_where_off
-        # The features that were decoded last, if they are few, and those as CSR.
-        self._decoded: tuple[Tensor, Tensor] | None = None
+        # What went into the last ReLU, and what came out of it.
+        self._rectified: tuple[Tensor, Tensor] | None = None
+        # The features that were decoded last, if they are few, and those that are on.
+        self._decoded: tuple[Tensor, ActiveFeatures] | None = None
 
     @classmethod
     def of(cls, cfg: TrainingSAEConfig) -> "SparseProducts":
@@ -69,19 +66,32 @@ class SparseProducts(TorchFunctionMode):
             return WeightedFeatures(args[0], args[1], self._decoded[1])
         if is_row_norms(func, args, kwargs) and len(args[0]) >= MIN_FEATURES:
             return row_norms(args[0])
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if func in _RELUS and not any((kwargs or {}).values()):
+            self._rectified = args[0], found
+        return found
 
     @override
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        self._decoded = None
+        self._rectified = self._decoded = None
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
-        features = _if_sparse(left) if left.shape[1] > right.shape[1] else None
-        if features is not None:
-            self._decoded = left, features
-        return _Product.apply(left, right, features, self.zero_where_off)  # pyright: ignore[reportReturnType]
+        csr = as_csr_if_few(left) if left.shape[1] > right.shape[1] else None
+        if csr is None:
+            return _Product.apply(left, right, None)  # pyright: ignore[reportReturnType]
+        active = ActiveFeatures.of(self._source_of(left), csr)
+        self._decoded = left, active
+        if self.zero_where_off:
+            return _Decode.apply(active.values, csr, right)  # pyright: ignore[reportReturnType]
+        return _Product.apply(left, right, csr)  # pyright: ignore[reportReturnType]
+
+    def _source_of(self, features: Tensor) -> Tensor:
+        """Where the gradient of the features that are on can go at once: past a ReLU, which passes it on as it is."""
+        if self._rectified is None or features is not self._rectified[1]:
+            return features
+        return self._rectified[0]
 
     def _weighs_decoded(self, features: Any, weights: Any) -> bool:
         return (
@@ -105,13 +115,39 @@ def _pays(left: Tensor, right: Tensor) -> bool:
     )
 
 
-class _Product(torch.autograd.Function):
+class _Decode(torch.autograd.Function):
+    """A product over the features that are on; nobody asks for the gradient of the others."""
+
     @staticmethod
     def forward(
-        ctx: Any, left: Float[Tensor, "m k"], right: Float[Tensor, "k n"], features: Tensor | None, zero_where_off: bool
+        ctx: Any,
+        values: Float[Tensor, " n_active"],  # noqa: ARG004
+        csr: Float[Tensor, "m k"],
+        right: Float[Tensor, "k n"],
+    ) -> Float[Tensor, "m n"]:
+        """`values` are those of `csr`."""
+        ctx.csr = csr
+        ctx.save_for_backward(right)
+        return _times(csr, right)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,), (right,) = grads, ctx.saved_tensors
+        wants_values, _, wants_right = ctx.needs_input_grad
+        of_values = torch.sparse.sampled_addmm(ctx.csr, grad, right.T, beta=0.0).values() if wants_values else None
+        return of_values, None, _times(transposed(ctx.csr), grad) if wants_right else None
+
+
+class _Product(torch.autograd.Function):
+    """A product whose gradients are over active features: of those it was given, or of those it made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Float[Tensor, "m k"], right: Float[Tensor, "k n"], features: Tensor | None
     ) -> Float[Tensor, "m n"]:
         """`features` is `left` as CSR, if few of its entries are other than zero."""
-        ctx.features, ctx.zero_where_off = features, zero_where_off
+        ctx.features = features
         ctx.save_for_backward(left if features is None else None, right)
         return left @ right if features is None else _times(features, right)
 
@@ -119,15 +155,15 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (left, right) = grads, ctx.saved_tensors
-        wants_left, wants_right, *_ = ctx.needs_input_grad
+        wants_left, wants_right, _ = ctx.needs_input_grad
         if ctx.features is not None:
-            of_left = _of_features(grad, right, ctx.features, ctx.zero_where_off) if wants_left else None
-            return of_left, _times(_transposed(ctx.features), grad) if wants_right else None, None, None
-        features = _if_sparse(grad) if grad.shape[1] > left.shape[1] else None
+            of_left = grad @ right.T if wants_left else None
+            return of_left, _times(transposed(ctx.features), grad) if wants_right else None, None
+        features = as_csr_if_few(grad) if grad.shape[1] > left.shape[1] else None
         if features is None:
-            return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None, None
-        of_right = _times(_transposed(features), _by_columns(left)).T if wants_right else None
-        return _times(features, right.T) if wants_left else None, of_right, None, None
+            return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None
+        of_right = _times(transposed(features), _by_columns(left)).T if wants_right else None
+        return _times(features, right.T) if wants_left else None, of_right, None
 
 
 def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -143,51 +179,3 @@ def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
 def _by_columns(x: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
     """A matrix laid out by columns: of an encoder's product so, the gradient of its weights is laid out as these are, and not copied."""
     return x.T.contiguous().T
-
-
-def _of_features(
-    grad: Float[Tensor, "m n"], right: Float[Tensor, "k n"], features: Tensor, zero_where_off: bool
-) -> Float[Tensor, "m k"]:
-    """The gradient of decoded features, formed for those that are on if nobody asks for the others'."""
-    if not zero_where_off:
-        return grad @ right.T
-    return torch.sparse.sampled_addmm(features, grad, right.T, beta=0.0).to_dense()
-
-
-def _if_sparse(x: Float[Tensor, "m k"]) -> Tensor | None:
-    """A matrix as CSR, if few of its entries are other than zero."""
-    x = x.detach().contiguous()
-    width, most, found = x.shape[1], MAX_DENSITY * x.numel(), []
-    # By numpy, which compares and finds several times as fast as PyTorch does, and in pieces that a cache holds.
-    for start in range(0, len(x), ROWS_AT_ONCE):
-        found.append(start * width + np.flatnonzero(x[start : start + ROWS_AT_ONCE].numpy() != 0))
-        most -= len(found[-1])
-        if most < 0:
-            return None
-    at = torch.from_numpy(np.concatenate(found)) if found else torch.zeros(0, dtype=torch.long)
-    rows, columns = at.div(width, rounding_mode="floor"), at % width
-    return _csr(rows, columns, x.view(-1)[at], (len(x), width))
-
-
-def _transposed(features: Tensor) -> Tensor:
-    """A CSR matrix's transpose as CSR, its rows filled in their order."""
-    columns, shape = features.col_indices(), (features.shape[1], features.shape[0])
-    rows = torch.repeat_interleave(torch.arange(features.shape[0]), features.crow_indices().diff())
-    order = columns.argsort(stable=True)
-    return _csr(columns[order], rows[order], features.values()[order], shape)
-
-
-@cache
-def _say_nothing_of_beta() -> None:
-    """PyTorch says once a process that CSR is in beta: here, to nobody."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.zeros(1, 1).to_sparse_csr()
-
-
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A CSR matrix, its entries sorted by row."""
-    _say_nothing_of_beta()
-    starts = torch.zeros(shape[0] + 1, dtype=torch.long)
-    torch.cumsum(torch.bincount(rows, minlength=shape[0]), 0, out=starts[1:])
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
