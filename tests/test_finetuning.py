@@ -244,7 +244,9 @@ def test_the_learning_rate_falls_to_nothing(model: HookedTransformer) -> None:
         rates.append(scheduler.get_last_lr()[0])
         scheduler.optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([5e-5 * (10 - step) / 10 for step in range(10)])
+    falling = [5e-5 * (10 - step) / 10 for step in range(10)]
+    # PyTorch's SequentialLR used to begin a step late.
+    assert rates in (pytest.approx(falling), pytest.approx([5e-5, *falling[:-1]]))
     assert run_settings({"sae": sae_at()}, {}, None)["training_tokens"] == 25_000_000 // 4096 * 4096
 
 

@@ -208,12 +208,15 @@ def test_blocks_run_compiled_but_those_that_stand_in_or_are_looked_into() -> Non
     calls.taken()
     with spliced_model.running(Compilation(backend=calls)):
         clean = spliced_model.clean(TOKENS, [site])
-        assert calls.taken() == 4
+        # In several pieces each by older PyTorch.
+        pieces, rest = divmod(calls.taken(), 4)
+        assert pieces > 0
+        assert rest == 0
         spliced_model.spliced(clean, EVERYWHERE, {site: Changed(site)})
-        assert calls.taken() == 3
+        assert calls.taken() == 3 * pieces
         # Compiled by now, and looked into all the same.
         looking = Pass(spliced_model, site, [inside])
-        assert calls.taken() == 3 + 2
+        assert calls.taken() == (3 + 2) * pieces
         logits_of(model, TOKENS)
         assert calls.taken() == 0, "others' calls of the model are not ours to compile"
     for value, expected in zip(looking.values, plain.values, strict=True):

@@ -71,9 +71,9 @@ def make_sae(architecture: str, dtype: str = "float64") -> TrainingSAE[Any]:
     return sae.train()
 
 
-def of_pass(sae: TrainingSAE[Any], sparse: bool, x: Tensor) -> dict[str, Tensor]:
-    """Losses, output, and the gradients of all, the input's among them."""
-    x = x.clone().requires_grad_()
+def of_pass(sae: TrainingSAE[Any], sparse: bool, x: Tensor, of_x: bool = True) -> dict[str, Tensor]:
+    """Losses, output, and the gradients of all, the input's among them, if it is to have one."""
+    x = x.clone().requires_grad_(of_x)
     given: dict[str, Any] = {
         "sae_in": x,
         "dead_neuron_mask": torch.arange(D_SAE) % 3 == 0,
@@ -90,18 +90,21 @@ def of_pass(sae: TrainingSAE[Any], sparse: bool, x: Tensor) -> dict[str, Tensor]
     # Something of the output too, as the language model behind it gives it a gradient.
     (output.loss + (output.sae_out**3).mean()).backward()
     gradients = {name: parameter.grad for name, parameter in sae.named_parameters()}
-    return {"loss": output.loss, "output": output.sae_out, "x": x.grad, **gradients}  # pyright: ignore[reportReturnType]
+    if of_x:
+        gradients["x"] = x.grad
+    return {"loss": output.loss, "output": output.sae_out, **gradients}  # pyright: ignore[reportReturnType]
 
 
+@pytest.mark.parametrize("of_x", [True, False], ids=["of-the-input-too", "of-weights"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("architecture", SETTINGS)
 def test_losses_and_gradients_are_the_dense_ones(
-    architecture: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, dtype: str, of_x: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(N_TOKENS, D_IN, generator=torch.Generator().manual_seed(1), dtype=getattr(torch, dtype))
-    dense = of_pass(make_sae(architecture, dtype), False, x)
+    dense = of_pass(make_sae(architecture, dtype), False, x, of_x)
     with counting(monkeypatch) as looked:
-        found = of_pass(make_sae(architecture, dtype), True, x)
+        found = of_pass(make_sae(architecture, dtype), True, x, of_x)
     assert looked.count(True) >= 2, "nothing was sparse"
     tolerance = 1e-12 if dtype == "float64" else 1e-5
     for name, expected in dense.items():
@@ -131,6 +134,15 @@ def test_a_gradient_is_formed_for_all_features_once_and_past_the_relu() -> None:
         penalty = (features * sae.W_dec.norm(dim=1)).norm(p=1, dim=-1).mean()
     (error + penalty).backward()
     assert sums == [int((features != 0).sum())]
+
+
+@pytest.mark.parametrize("of_x", [True, False])
+def test_a_centre_has_a_row_of_gradient_where_it_alone_has_one(of_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+    inner = sparse_products._CentredProduct.apply
+    monkeypatch.setattr(sparse_products._CentredProduct, "apply", lambda *of: (taken.append(of[0]), inner(*of))[1])
+    of_pass(make_sae("standard"), True, torch.randn(N_TOKENS, D_IN, dtype=torch.float64), of_x)
+    assert [centre.shape for centre in taken] == ([] if of_x else [(D_IN,)])
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_transcoder"])

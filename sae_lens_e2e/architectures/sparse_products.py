@@ -32,6 +32,7 @@ ZERO_WHERE_OFF = frozenset(
 
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__}
+_DIFFERENCES = {torch.sub, torch.Tensor.sub, torch.Tensor.__sub__}
 _RELUS = {torch.relu, torch.nn.functional.relu, torch.Tensor.relu}
 
 
@@ -47,6 +48,8 @@ class SparseProducts(TorchFunctionMode):
     def __init__(self, zero_where_off: bool):
         super().__init__()
         self.zero_where_off = zero_where_off
+        # The last centre that was subtracted of what has no gradient itself, and what is left.
+        self._centred: tuple[Tensor, Tensor] | None = None
         # What went into the last ReLU, and what came out of it.
         self._rectified: tuple[Tensor, Tensor] | None = None
         # The features that were decoded last, if they are few, and those that are on.
@@ -67,16 +70,20 @@ class SparseProducts(TorchFunctionMode):
         if is_row_norms(func, args, kwargs) and len(args[0]) >= MIN_FEATURES:
             return row_norms(args[0])
         found = func(*args, **(kwargs or {}))
+        if func in _DIFFERENCES and not kwargs and _is_centring(*args):
+            self._centred = args[1], found
         if func in _RELUS and not any((kwargs or {}).values()):
             self._rectified = args[0], found
         return found
 
     @override
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        self._rectified = self._decoded = None
+        self._centred = self._rectified = self._decoded = None
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        if self._centred is not None and left is self._centred[1]:
+            return _CentredProduct.apply(self._centred[0], left.detach(), right)  # pyright: ignore[reportReturnType]
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
         csr = as_csr_if_few(left) if left.shape[1] > right.shape[1] else None
         if csr is None:
@@ -100,6 +107,13 @@ class SparseProducts(TorchFunctionMode):
             and isinstance(weights, Tensor)
             and weights.ndim == 1
         )
+
+
+def _is_centring(x: Any, centre: Any) -> bool:
+    """Whether the same is subtracted of each row of what has no gradient itself."""
+    if not (isinstance(x, Tensor) and isinstance(centre, Tensor)) or x.requires_grad or x.ndim != 2:
+        return False
+    return centre.shape == x.shape[1:] and centre.dtype == x.dtype
 
 
 def _pays(left: Tensor, right: Tensor) -> bool:
@@ -160,10 +174,39 @@ class _Product(torch.autograd.Function):
             of_left = grad @ right.T if wants_left else None
             return of_left, _times(transposed(ctx.features), grad) if wants_right else None, None
         features = as_csr_if_few(grad) if grad.shape[1] > left.shape[1] else None
+        of_right = _of_right(left, grad, features) if wants_right else None
         if features is None:
-            return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None
-        of_right = _times(transposed(features), _by_columns(left)).T if wants_right else None
+            return grad @ right.T if wants_left else None, of_right, None
         return _times(features, right.T) if wants_left else None, of_right, None
+
+
+class _CentredProduct(torch.autograd.Function):
+    """A product of activations less a centre, such as a decoder's bias, that alone of the two is trained: one row of gradient, not one a token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        centre: Float[Tensor, " k"],  # noqa: ARG004
+        centred: Float[Tensor, "m k"],
+        right: Float[Tensor, "k n"],
+    ) -> Float[Tensor, "m n"]:
+        """`centred` is less `centre` already."""
+        ctx.save_for_backward(centred, right)
+        return centred @ right
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,), (centred, right) = grads, ctx.saved_tensors
+        wants_centre, _, wants_right = ctx.needs_input_grad
+        features = as_csr_if_few(grad)
+        of_right = _of_right(centred, grad, features) if wants_right else None
+        return -(right @ grad.sum(0)) if wants_centre else None, None, of_right
+
+
+def _of_right(left: Float[Tensor, "m k"], grad: Float[Tensor, "m n"], features: Tensor | None) -> Float[Tensor, "k n"]:
+    """The gradient of an encoder's weights; `features` is that of what it puts out, as CSR, if few of them have one."""
+    return left.T @ grad if features is None else _times(transposed(features), _by_columns(left)).T
 
 
 def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
