@@ -136,6 +136,19 @@ def test_a_gradient_is_formed_for_all_features_once_and_past_the_relu() -> None:
     assert sums == [int((features != 0).sum())]
 
 
+def test_what_is_done_in_place_to_what_was_centred_has_its_gradient() -> None:
+    gradients: list[tuple[Tensor, ...]] = []
+    for products in (SparseProducts(True), nullcontext()):
+        sae, x = make_sae("standard"), torch.randn(N_TOKENS, D_IN, dtype=torch.float64) / 3
+        leaves = (sae.b_dec, sae.W_enc, sae.W_dec)
+        with products:
+            features = torch.relu((x - sae.b_dec).mul_(3.0) @ sae.W_enc + sae.b_enc)
+            out = features @ sae.W_dec
+        gradients.append(torch.autograd.grad((out**2).sum(), leaves))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("of_x", [True, False])
 def test_a_centre_has_a_row_of_gradient_where_it_alone_has_one(of_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor] = []

@@ -4,6 +4,7 @@ Of 46,080 features some 70 fire on a token. Decoding and the whole backward pass
 SAE's work. SAELens' own classes are left as they are: while one runs its training pass, the matrix products in it are taken over.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ _DIFFERENCES = {torch.sub, torch.Tensor.sub, torch.Tensor.__sub__}
 _RELUS = {torch.relu, torch.nn.functional.relu, torch.Tensor.relu}
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What an operation made of a tensor; `version` counts what was done to it in place since."""
+
+    source: Tensor
+    result: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, source: Tensor, result: Tensor) -> "_Made":
+        return cls(source, result, result._version)
+
+    def still_is(self, x: Tensor) -> bool:
+        return x is self.result and x._version == self.version
+
+
 class SparseProducts(TorchFunctionMode):
     """While it is entered, matrix products with features on one side go over those that are not zero, if they are few.
 
@@ -49,9 +66,9 @@ class SparseProducts(TorchFunctionMode):
         super().__init__()
         self.zero_where_off = zero_where_off
         # The last centre that was subtracted of what has no gradient itself, and what is left.
-        self._centred: tuple[Tensor, Tensor] | None = None
+        self._centred: _Made | None = None
         # What went into the last ReLU, and what came out of it.
-        self._rectified: tuple[Tensor, Tensor] | None = None
+        self._rectified: _Made | None = None
         # The features that were decoded last, if they are few, and those that are on.
         self._decoded: tuple[Tensor, ActiveFeatures] | None = None
 
@@ -71,9 +88,9 @@ class SparseProducts(TorchFunctionMode):
             return row_norms(args[0])
         found = func(*args, **(kwargs or {}))
         if func in _DIFFERENCES and not kwargs and _is_centring(*args):
-            self._centred = args[1], found
+            self._centred = _Made.of(args[1], found)
         if func in _RELUS and not any((kwargs or {}).values()):
-            self._rectified = args[0], found
+            self._rectified = _Made.of(args[0], found)
         return found
 
     @override
@@ -82,8 +99,8 @@ class SparseProducts(TorchFunctionMode):
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self._centred is not None and left is self._centred[1]:
-            return _CentredProduct.apply(self._centred[0], left.detach(), right)  # pyright: ignore[reportReturnType]
+        if self._centred is not None and self._centred.still_is(left):
+            return _CentredProduct.apply(self._centred.source, left.detach(), right)  # pyright: ignore[reportReturnType]
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
         csr = as_csr_if_few(left) if left.shape[1] > right.shape[1] else None
         if csr is None:
@@ -96,9 +113,8 @@ class SparseProducts(TorchFunctionMode):
 
     def _source_of(self, features: Tensor) -> Tensor:
         """Where the gradient of the features that are on can go at once: past a ReLU, which passes it on as it is."""
-        if self._rectified is None or features is not self._rectified[1]:
-            return features
-        return self._rectified[0]
+        made = self._rectified
+        return made.source if made is not None and made.still_is(features) else features
 
     def _weighs_decoded(self, features: Any, weights: Any) -> bool:
         return (
