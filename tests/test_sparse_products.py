@@ -142,7 +142,7 @@ def test_what_is_done_in_place_to_what_was_centred_has_its_gradient() -> None:
         sae, x = make_sae("standard"), torch.randn(N_TOKENS, D_IN, dtype=torch.float64) / 3
         leaves = (sae.b_dec, sae.W_enc, sae.W_dec)
         with products:
-            features = torch.relu((x - sae.b_dec).mul_(3.0) @ sae.W_enc + sae.b_enc)
+            features = torch.relu((x - sae.b_dec).mul_(3.0) @ sae.W_enc + sae.get_parameter("b_enc"))
             out = features @ sae.W_dec
         gradients.append(torch.autograd.grad((out**2).sum(), leaves))
     for found, expected in zip(*gradients, strict=True):
