@@ -22,7 +22,7 @@ from tests.training import EVERY_STEP, make_runner, make_trainer, multi_config, 
 HALVES = ("weights", "autocast")
 TOKENS = random_tokens(4, 12, 61)
 
-N_STEPS = 20
+N_STEPS = 25
 # As the documentation has them: relative, in the first step and in the mean of the last five; one step by itself is as good as noise.
 TOLERANCES = {"loss": (0.01, 0.05), "kl": (0.02, 0.1)}
 
@@ -76,7 +76,7 @@ def test_losses_stay_close_to_those_in_float32(kind: str, half: str) -> None:
         for steps, tolerance in ((slice(1), at_first), (slice(-5, None), in_the_end)):
             found, expected = (fmean(float(losses[name]) for losses in of.losses[steps]) for of in (low, full))
             assert found == pytest.approx(expected, rel=tolerance), (name, steps)
-        assert low.losses[-1][name] < 0.7 * low.losses[0][name]
+        assert low.losses[-1][name] < 0.6 * low.losses[0][name]
 
 
 @pytest.mark.parametrize("half", HALVES)

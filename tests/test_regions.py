@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -210,8 +211,8 @@ def test_blocks_run_compiled_but_those_that_stand_in_or_are_looked_into() -> Non
         clean = spliced_model.clean(TOKENS, [site])
         # In several pieces each by older PyTorch.
         pieces, rest = divmod(calls.taken(), 4)
-        assert pieces > 0
         assert rest == 0
+        assert pieces == 1 or (pieces > 1 and Version(torch.__version__) < Version("2.8"))
         spliced_model.spliced(clean, EVERYWHERE, {site: Changed(site)})
         assert calls.taken() == 3 * pieces
         # Compiled by now, and looked into all the same.
