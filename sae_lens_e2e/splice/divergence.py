@@ -25,25 +25,25 @@ class Write(Protocol):
 
 
 class Remembered:
-    """The clean side of a KL divergence that several passes are compared with: worked out by the first, held for the others.
+    """The clean side of a KL divergence that several passes are compared with: its logits, formed by the first, held for the others.
 
     Takes tokens x d_vocab numbers, so `fits` says whether to.
     """
 
     def __init__(self, hidden: Float[Tensor, "tokens d_final"]):
         self.hidden = hidden
-        self._log_p: dict[int, Tensor] = {}
+        self._logits: dict[int, Tensor] = {}
 
     @staticmethod
     def fits(n_tokens: int, d_vocab: int) -> bool:
-        """Whether so many tokens' distributions are few enough to be held."""
+        """Whether so many tokens' logits are few enough to be held."""
         return n_tokens * d_vocab * 4 <= REMEMBERED_BYTES
 
-    def log_p(self, rows: slice, form: Callable[[], Tensor]) -> Tensor:
-        """log p of a chunk of tokens, `form` being what gives it the first time; chunks are cut in one way."""
-        if rows.start not in self._log_p:
-            self._log_p[rows.start] = form()
-        return self._log_p[rows.start]
+    def logits(self, rows: slice, form: Callable[[], Tensor]) -> Tensor:
+        """Those of a chunk of tokens, `form` being what gives them the first time; chunks are cut in one way."""
+        if rows.start not in self._logits:
+            self._logits[rows.start] = form()
+        return self._logits[rows.start]
 
 
 class Divergence(ABC):
@@ -53,9 +53,9 @@ class Divergence(ABC):
     def of_rows(
         self, write: Write, hidden: Tensor, rows: slice, buffers: Tensor, blocks: Iterable[slice], room: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """By hand, for a chunk of tokens: each one's value, and its gradient by the logits, which is in `buffers`.
+        """By hand, for a chunk of tokens: each one's value, and its scale.
 
-        `room` is that of a block, twice.
+        The gradient by its logits is in its row of the first of `buffers`, to be multiplied by that scale. `room` is that of a block, twice.
         """
 
     @abstractmethod
@@ -75,35 +75,40 @@ class KL(Divergence):
     ) -> tuple[Tensor, Tensor]:
         logits, of_clean = buffers
 
-        def form(out: Tensor) -> Tensor:
+        def form() -> Tensor:
+            out = of_clean if self.remembered is None else torch.empty_like(logits)
             write(self.clean[rows], out)
-            for block in blocks:
-                _log_softmax_(out[block])
             return out
 
-        log_p = self._log_p(rows, lambda: form(of_clean if self.remembered is None else torch.empty_like(logits)))
+        clean = self._clean(rows, form)
         write(hidden, logits)
-        values: list[Tensor] = []
+        values, scales = [], []
         for block in blocks:
-            log_q = logits[block]
-            slope = write.slope(log_q)
-            _log_softmax_(log_q)
-            p, ratio = (one[: len(log_q)] for one in room)
-            torch.exp(log_p[block], out=p)
-            # Σ p (log p - log q), which is several times as fast in two steps as by `vecdot` or a product of matrices.
-            values.append(torch.sub(log_p[block], log_q, out=ratio).mul_(p).sum(-1))
-            log_q.exp_().sub_(p)
+            z, z_clean = logits[block], clean[block]
+            p, difference = (one[: len(z)] for one in room)
+            if self.remembered is None:
+                difference = z_clean
+            slope = write.slope(z)
+            most_clean = z_clean.amax(-1, keepdim=True)
+            of_p = torch.sub(z_clean, most_clean, out=p).exp_().sum(-1, keepdim=True)
+            # Σ p (z_clean - z), which is several times as fast so as by `vecdot` or a product of matrices.
+            apart = torch.sub(z_clean, z, out=difference).mul_(p).sum(-1, keepdim=True)
+            most, of_q = _exp_(z)
+            values.append(apart / of_p - (most_clean - most) - (of_p / of_q).log())
+            # (q - p) Σq: what is left to divide by is a number a row, and no pass over all columns.
+            z.addcmul_(p, of_q / of_p, value=-1)
+            scales.append(1 / of_q)
             if slope is not None:
-                log_q.mul_(slope)
-        return torch.cat(values), logits
+                z.mul_(slope)
+        return torch.cat(values)[:, 0], torch.cat(scales)[:, 0]
 
     def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.no_grad():
-            log_p = self._log_p(rows, lambda: logits_of(self.clean[rows]).log_softmax(-1))
+            log_p = self._clean(rows, lambda: logits_of(self.clean[rows])).log_softmax(-1)
         return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
 
-    def _log_p(self, rows: slice, form: Callable[[], Tensor]) -> Tensor:
-        return form() if self.remembered is None else self.remembered.log_p(rows, form)
+    def _clean(self, rows: slice, form: Callable[[], Tensor]) -> Tensor:
+        return form() if self.remembered is None else self.remembered.logits(rows, form)
 
 
 class CE(Divergence):
@@ -123,21 +128,23 @@ class CE(Divergence):
     ) -> tuple[Tensor, Tensor]:
         logits, labels = buffers[0], self.labels[rows, None]
         write(hidden, logits)
-        values: list[Tensor] = []
+        values, scales = [], []
         for block in blocks:
-            log_q, label = logits[block], labels[block]
-            slope = write.slope(log_q)
-            _log_softmax_(log_q)
-            values.append(-log_q.gather(-1, label)[:, 0])
-            log_q.exp_().scatter_add_(-1, label, torch.full_like(label, -1, dtype=log_q.dtype))
+            z, label = logits[block], labels[block]
+            slope, of_label = write.slope(z), z.gather(-1, label)
+            most, of_q = _exp_(z)
+            values.append(of_q.log() + most - of_label)
+            z.scatter_add_(-1, label, -of_q)
+            scales.append(1 / of_q)
             if slope is not None:
-                log_q.mul_(slope)
-        return torch.cat(values), logits
+                z.mul_(slope)
+        return torch.cat(values)[:, 0], torch.cat(scales)[:, 0]
 
     def of_logits(self, logits: Tensor, rows: slice, logits_of: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002
         return -logits.log_softmax(-1).gather(-1, self.labels[rows, None])[:, 0]
 
 
-def _log_softmax_(logits: Float[Tensor, "rows d_vocab"]) -> None:
-    """In place: each number is read for the last time before it is written."""
-    torch.log_softmax(logits, -1, out=logits)
+def _exp_(logits: Float[Tensor, "rows d_vocab"]) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """In place e^(logits - the highest): that, and the sum of what is there then."""
+    most = logits.amax(-1, keepdim=True)
+    return most, logits.sub_(most).exp_().sum(-1, keepdim=True)

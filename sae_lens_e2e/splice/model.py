@@ -18,6 +18,7 @@ from sae_lens_e2e.splice.attention import fused_attention
 from sae_lens_e2e.splice.find_unembedding import find_unembedding, given_to, logits_of
 from sae_lens_e2e.splice.frozen import frozen
 from sae_lens_e2e.splice.hooks import Watch, first_output, unknown_hook, watching
+from sae_lens_e2e.splice.normalization import fused_layer_norm
 from sae_lens_e2e.splice.positions import Where
 from sae_lens_e2e.splice.regions import Compilation, checkpointed, compiled, unwatched
 from sae_lens_e2e.splice.site import Site
@@ -95,12 +96,13 @@ class SplicedModel:
 
     @contextmanager
     def running(self, compilation: Compilation | None = None) -> Iterator[None]:
-        """The model as training and evaluation want it: frozen, attention and GELU fused where they can be; put back on exit.
+        """The model as training and evaluation want it: frozen, attention, LayerNorm and GELU fused where they can be; put back on exit.
 
         With a `compilation` passes run the blocks compiled that they do not look into. Others' calls of the model do not.
         """
         before = self._compiled
-        with frozen(self.model), fused_attention(self.model), fused_gelu(self.model):
+        model = self.model
+        with frozen(model), fused_attention(model), fused_layer_norm(model), fused_gelu(model):
             self._compiled = before if compilation is None else compiled(self._blocks, compilation)
             try:
                 yield

@@ -250,10 +250,11 @@ class _Linear(torch.autograd.Function):
                 rows = slice(start, min(start + chunk, n_tokens))
                 w = weights[rows]
                 blocks = [slice(first, min(first + block, len(w))) for first in range(0, len(w), block)]
-                value, grad_logits = divergence.of_rows(write, hidden[rows], rows, buffers[:, : len(w)], blocks, room)
+                part = buffers[:, : len(w)]
+                value, scale = divergence.of_rows(write, hidden[rows], rows, part, blocks, room)
                 total += w @ value
                 if grad is not None:
-                    write.backward(grad_logits, w, out=grad[rows])
+                    write.backward(part[0], w * scale, out=grad[rows])
         ctx.save_for_backward(None if grad is None else grad.to(hidden.dtype))
         return total
 
