@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests.fork_server import OURS, STOCK, WORKERS
+from tests.fork_server import OURS, STOCK
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -28,9 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()
     if config.getoption("tx", None) and not hasattr(config, "workerinput"):
         # For all workers, while they collect.
-        WORKERS.share()
-        OURS.share()
         STOCK.share()
+        OURS.share()
         program = shlex.join([sys.executable, str(Path(__file__).with_name("worker.py"))])
         config.option.tx = [f"popen//python={program}" if one == "popen" else one for one in config.option.tx]
 

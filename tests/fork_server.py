@@ -41,11 +41,9 @@ class SharedServer(forkserver.ForkServer):
 
 
 # Processes of one thread, so that a copy cannot wait for a lock that a thread of ours held at that moment.
-OURS = SharedServer("OURS", ["sae_lens_e2e.cli.train", "sae_lens_e2e.cli.finetune", "tests.reliability.runs"])
-# Another, that knows SAELens alone: whoever loads what we have saved.
-STOCK = SharedServer("STOCK", ["sae_lens"])
-# The workers of a test run, which may ask a Hub.
-WORKERS = SharedServer("WORKERS", ["sae_lens", "pytest"], offline=False)
+OURS = SharedServer("OURS", ["sae_lens_e2e.cli.finetune", "tests.reliability.runs", "tests.read_flags"])
+# Another, that knows SAELens alone: of the workers of a test run, which may ask a Hub, and of whoever loads what we have saved.
+STOCK = SharedServer("STOCK", ["sae_lens", "pytest"], offline=False)
 
 
 class _Popen(popen_forkserver.Popen):
@@ -65,10 +63,6 @@ class _StockPopen(_Popen):
     server = STOCK
 
 
-class _WorkerPopen(_Popen):
-    server = WORKERS
-
-
 class OurProcess(ForkServerProcess):
     """A copy of the server that has imported this package."""
 
@@ -83,11 +77,3 @@ class StockProcess(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> _StockPopen:  # noqa: N802
         return _StockPopen(process_obj)
-
-
-class WorkerProcess(ForkServerProcess):
-    """A copy of the one that the workers of a test run are copies of."""
-
-    @staticmethod
-    def _Popen(process_obj: BaseProcess) -> _WorkerPopen:  # noqa: N802
-        return _WorkerPopen(process_obj)

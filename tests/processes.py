@@ -47,7 +47,7 @@ def run_fresh(*arguments: str, cwd: Path | None = None, **environment: str) -> D
 
 
 def start(target: Callable[..., None], *arguments: Any, kind: type[BaseProcess] = OurProcess) -> BaseProcess:
-    """A process without a network that calls `target`, started in the time that a fork takes."""
+    """A process that calls `target`, without a network if it is of ours, started in the time that a fork takes."""
     process = kind(target=target, args=arguments)
     process.start()
     return process

@@ -40,10 +40,10 @@ def work(arguments: list[str], environment: dict[str, str], *streams: int) -> No
 if __name__ == "__main__":
     # What is pickled is found by its module's name, which is not this.
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from tests.fork_server import WorkerProcess
+    from tests.fork_server import StockProcess
     from tests.worker import Stream, work
 
-    process = WorkerProcess(target=work, args=(sys.argv[1:], dict(os.environ), Stream(0), Stream(1), Stream(2)))
+    process = StockProcess(target=work, args=(sys.argv[1:], dict(os.environ), Stream(0), Stream(1), Stream(2)))
     process.start()
     signal.signal(signal.SIGTERM, lambda *_: process.kill())
     process.join()

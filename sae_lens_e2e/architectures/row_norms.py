@@ -14,9 +14,12 @@ def row_norms(x: Float[Tensor, "m n"]) -> Float[Tensor, " m"]:
 
 def is_row_norms(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
     """Whether a call of PyTorch's, as a function mode is told of it, is just that, of a matrix."""
-    if func is not Tensor.norm or len(args) != 1 or args[0].ndim != 2 or args[0].layout != torch.strided:
+    if func is not Tensor.norm or len(args) != 1:
         return False
-    return kwargs in [{"p": "fro", "dim": dim, "keepdim": False, "dtype": None} for dim in (1, -1)]
+    if kwargs not in [{"p": "fro", "dim": dim, "keepdim": False, "dtype": None} for dim in (1, -1)]:
+        return False
+    # Asked last: a tensor that stands for a product forms it to say so.
+    return args[0].ndim == 2 and args[0].layout == torch.strided
 
 
 class _RowNorms(torch.autograd.Function):

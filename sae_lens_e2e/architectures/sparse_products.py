@@ -5,6 +5,7 @@ SAE's work. SAELens' own classes are left as they are: while one runs its traini
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from sae_lens_e2e.architectures.active_features import ActiveFeatures, as_csr_if_few, transposed
+from sae_lens_e2e.architectures.active_features import ActiveFeatures, Encoding
+from sae_lens_e2e.architectures.csr import as_csr_if_few, times, times_transposed, transposed
 from sae_lens_e2e.architectures.row_norms import is_row_norms, row_norms
 from sae_lens_e2e.architectures.weighted_features import WeightedFeatures
 
@@ -33,20 +35,21 @@ ZERO_WHERE_OFF = frozenset(
 
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__}
+_SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__}
 _DIFFERENCES = {torch.sub, torch.Tensor.sub, torch.Tensor.__sub__}
 _RELUS = {torch.relu, torch.nn.functional.relu, torch.Tensor.relu}
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What an operation made of a tensor; `version` counts what was done to it in place since."""
+    """What an operation made of something; `version` counts what was done to it in place since."""
 
-    source: Tensor
+    source: Any
     result: Tensor
     version: int
 
     @classmethod
-    def of(cls, source: Tensor, result: Tensor) -> "_Made":
+    def of(cls, source: Any, result: Tensor) -> "_Made":
         return cls(source, result, result._version)
 
     def still_is(self, x: Tensor) -> bool:
@@ -67,6 +70,9 @@ class SparseProducts(TorchFunctionMode):
         self.zero_where_off = zero_where_off
         # The last centre that was subtracted of what has no gradient itself, and what is left.
         self._centred: _Made | None = None
+        # The last product of an encoder, which a bias is added to; and how what that makes came about.
+        self._encoded: _Made | None = None
+        self._biased: _Made | None = None
         # What went into the last ReLU, and what came out of it.
         self._rectified: _Made | None = None
         # The features that were decoded last, if they are few, and those that are on.
@@ -89,20 +95,25 @@ class SparseProducts(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         if func in _DIFFERENCES and not kwargs and _is_centring(*args):
             self._centred = _Made.of(args[1], found)
+        if func in _SUMS and not kwargs and self._is_biasing(*args):
+            assert self._encoded is not None
+            self._biased = _Made.of(self._encoded.source(args[1]), found)
+            # Not to be held longer than whoever asked for it does.
+            self._encoded = None
         if func in _RELUS and not any((kwargs or {}).values()):
             self._rectified = _Made.of(args[0], found)
         return found
 
     @override
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        self._centred = self._rectified = self._decoded = None
+        self._centred = self._encoded = self._biased = self._rectified = self._decoded = None
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self._centred is not None and self._centred.still_is(left):
-            return _CentredProduct.apply(self._centred.source, left.detach(), right)  # pyright: ignore[reportReturnType]
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
-        csr = as_csr_if_few(left) if left.shape[1] > right.shape[1] else None
+        if left.shape[1] <= right.shape[1]:
+            return self._encode(left, right)
+        csr = as_csr_if_few(left)
         if csr is None:
             return _Product.apply(left, right, None)  # pyright: ignore[reportReturnType]
         active = ActiveFeatures.of(self._source_of(left), csr)
@@ -111,10 +122,29 @@ class SparseProducts(TorchFunctionMode):
             return _Decode.apply(active.values, csr, right)  # pyright: ignore[reportReturnType]
         return _Product.apply(left, right, csr)  # pyright: ignore[reportReturnType]
 
-    def _source_of(self, features: Tensor) -> Tensor:
-        """Where the gradient of the features that are on can go at once: past a ReLU, which passes it on as it is."""
-        made = self._rectified
-        return made.source if made is not None and made.still_is(features) else features
+    def _encode(self, x: Tensor, weights: Tensor) -> Tensor:
+        centre = self._centred.source if self._centred is not None and self._centred.still_is(x) else None
+        found: Any = (
+            _Product.apply(x, weights, None) if centre is None else _CentredProduct.apply(centre, x.detach(), weights)
+        )
+        self._encoded = _Made.of(partial(Encoding, x, weights, centre), found)
+        return found
+
+    def _source_of(self, features: Tensor) -> Tensor | Encoding:
+        """Where the gradient of the features that are on can go at once: past a ReLU, and to what was encoded, unless somebody waits for it there."""
+        rectified, biased = self._rectified, self._biased
+        if rectified is None or not rectified.still_is(features):
+            return features
+        pre: Tensor = rectified.source
+        watched = pre._backward_hooks or pre.retains_grad
+        return biased.source if biased is not None and biased.still_is(pre) and not watched else pre
+
+    def _is_biasing(self, x: Any, bias: Any) -> bool:
+        """Whether the same is added to each row of what was encoded last."""
+        encoded = self._encoded
+        if encoded is None or not isinstance(bias, Tensor) or not encoded.still_is(x):
+            return False
+        return bias.shape == x.shape[1:] and bias.dtype == x.dtype
 
     def _weighs_decoded(self, features: Any, weights: Any) -> bool:
         return (
@@ -158,7 +188,7 @@ class _Decode(torch.autograd.Function):
         """`values` are those of `csr`."""
         ctx.csr = csr
         ctx.save_for_backward(right)
-        return _times(csr, right)
+        return times(csr, right)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -166,7 +196,7 @@ class _Decode(torch.autograd.Function):
         (grad,), (right,) = grads, ctx.saved_tensors
         wants_values, _, wants_right = ctx.needs_input_grad
         of_values = torch.sparse.sampled_addmm(ctx.csr, grad, right.T, beta=0.0).values() if wants_values else None
-        return of_values, None, _times(transposed(ctx.csr), grad) if wants_right else None
+        return of_values, None, times(transposed(ctx.csr), grad) if wants_right else None
 
 
 class _Product(torch.autograd.Function):
@@ -179,7 +209,7 @@ class _Product(torch.autograd.Function):
         """`features` is `left` as CSR, if few of its entries are other than zero."""
         ctx.features = features
         ctx.save_for_backward(left if features is None else None, right)
-        return left @ right if features is None else _times(features, right)
+        return left @ right if features is None else times(features, right)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -188,12 +218,12 @@ class _Product(torch.autograd.Function):
         wants_left, wants_right, _ = ctx.needs_input_grad
         if ctx.features is not None:
             of_left = grad @ right.T if wants_left else None
-            return of_left, _times(transposed(ctx.features), grad) if wants_right else None, None
+            return of_left, times(transposed(ctx.features), grad) if wants_right else None, None
         features = as_csr_if_few(grad) if grad.shape[1] > left.shape[1] else None
         of_right = _of_right(left, grad, features) if wants_right else None
         if features is None:
             return grad @ right.T if wants_left else None, of_right, None
-        return _times(features, right.T) if wants_left else None, of_right, None
+        return times(features, right.T) if wants_left else None, of_right, None
 
 
 class _CentredProduct(torch.autograd.Function):
@@ -222,19 +252,4 @@ class _CentredProduct(torch.autograd.Function):
 
 def _of_right(left: Float[Tensor, "m k"], grad: Float[Tensor, "m n"], features: Tensor | None) -> Float[Tensor, "k n"]:
     """The gradient of an encoder's weights; `features` is that of what it puts out, as CSR, if few of them have one."""
-    return left.T @ grad if features is None else _times(transposed(features), _by_columns(left)).T
-
-
-def _times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """A CSR matrix times a dense one, laid out by rows or by columns as that is: MKL would copy one of two that differ.
-
-    `features @ x` would fill its result with zeros first, and copy it.
-    """
-    m, n = features.shape[0], x.shape[1]
-    out = x.new_empty(m, n) if x.is_contiguous() else x.new_empty(n, m).T
-    return torch.addmm(out, features, x, beta=0, out=out)
-
-
-def _by_columns(x: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
-    """A matrix laid out by columns: of an encoder's product so, the gradient of its weights is laid out as these are, and not copied."""
-    return x.T.contiguous().T
+    return left.T @ grad if features is None else times_transposed(left, features)

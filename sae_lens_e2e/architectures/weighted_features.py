@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sae_lens_e2e.architectures.active_features import ActiveFeatures, places
+from sae_lens_e2e.architectures.active_features import ActiveFeatures
+from sae_lens_e2e.architectures.csr import places
 
 
 class WeightedFeatures(Tensor):

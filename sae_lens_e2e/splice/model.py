@@ -331,18 +331,22 @@ class SplicedModel:
     @torch.no_grad()
     def _blocks_can_stand_in(self) -> bool:
         """Whether the model computes the same to the last bit when all blocks, or all but the last, stand in."""
-        entering: dict[int, Any] = {}
-        for i in {len(self._blocks) - 1, len(self._blocks)} - {-1, 0}:
-            self._in_tuple = False
-            keep = partial(lambda i, *args: entering.__setitem__(i, args[-1]), i)
-            handle = self._blocks[i - 1].register_forward_hook(keep, prepend=True)
-            try:
-                final = self._run(self.probe_tokens(8))
-            finally:
+        left: dict[nn.Module, Any] = {}
+        many = [self._blocks[:n] for n in (len(self._blocks) - 1, len(self._blocks)) if n > 0]
+        keep = [
+            blocks[-1].register_forward_hook(lambda module, _, out: left.update({module: out}), prepend=True)
+            for blocks in many
+        ]
+        try:
+            final = self._run(self.probe_tokens(8))
+        finally:
+            for handle in keep:
                 handle.remove()
-            self._in_tuple = isinstance(entering[i], tuple)
+        for blocks in many:
+            output = left[blocks[-1]]
+            self._in_tuple = isinstance(output, tuple)
             try:
-                with standing_in(self._blocks[:i], first_output(entering[i]), self._in_tuple):
+                with standing_in(blocks, first_output(output), self._in_tuple):
                     again = self._run(self.probe_tokens(8))
             except Exception:
                 return False
