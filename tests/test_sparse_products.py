@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae_lens_e2e  # noqa: F401 (registers the architectures that are ours)
-from sae_lens_e2e.architectures import sparse_products, weighted_features
+from sae_lens_e2e.architectures import encoding, sparse_products, weighted_features
 from sae_lens_e2e.architectures.sparse_products import ZERO_WHERE_OFF, SparseProducts
 from sae_lens_e2e.architectures.transcoder import TranscoderStepInput
 
@@ -57,7 +57,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return features
 
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_products, "as_csr_if_few", counted)
+        for module in (sparse_products, encoding):
+            patch.setattr(module, "as_csr_if_few", counted)
         yield found
 
 
@@ -159,7 +160,7 @@ def test_no_gradient_of_all_features_is_formed(architecture: str) -> None:
         penalty = (features * sae.W_dec.norm(dim=1)).norm(p=1, dim=-1).mean()
     behind = nodes_behind(error + penalty)
     assert "_EncodedValuesBackward" in behind
-    assert not behind & {"ReluBackward0", "_ProductBackward", "_CentredProductBackward", "_ValuesBackward"}
+    assert not behind & {"ReluBackward0", "_ProductBackward", "_PreActivationsBackward", "_ValuesBackward"}
 
 
 def test_a_penalty_forms_no_product_of_all_features() -> None:
@@ -200,13 +201,23 @@ def test_what_is_done_in_place_on_the_way_has_its_gradient(changed: str) -> None
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_features_that_were_changed_since_they_were_decoded_have_the_penalty_of_what_they_are() -> None:
+    sae = make_sae("standard")
+    with SparseProducts.of(sae.cfg):
+        features = sae.encode(torch.randn(N_TOKENS, D_IN, dtype=torch.float64)).detach()
+        sae.decode(features)
+        features.mul_(2.0)
+        found = (features * sae.W_dec.norm(dim=1)).norm(p=1, dim=-1)
+    torch.testing.assert_close(found, (features * sae.W_dec.norm(dim=1)).norm(p=1, dim=-1), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("of_x", [True, False])
 def test_a_centre_has_a_row_of_gradient_where_it_alone_has_one(of_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Tensor] = []
-    inner = sparse_products._CentredProduct.apply
-    monkeypatch.setattr(sparse_products._CentredProduct, "apply", lambda *of: (taken.append(of[0]), inner(*of))[1])
+    taken: list[Tensor | None] = []
+    inner = encoding._PreActivations.apply
+    monkeypatch.setattr(encoding._PreActivations, "apply", lambda *of: (taken.append(of[2]), inner(*of))[1])
     of_pass(make_sae("standard"), True, torch.randn(N_TOKENS, D_IN, dtype=torch.float64), of_x)
-    assert [centre.shape for centre in taken] == ([] if of_x else [(D_IN,)])
+    assert [None if centre is None else centre.shape for centre in taken] == [None if of_x else (D_IN,)]
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_transcoder"])

@@ -7,18 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lens_e2e.architectures.csr import csr_with, times, times_transposed
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How pre-activations came about: `x @ weights + bias`."""
-
-    x: Float[Tensor, "tokens d_in"]
-    weights: Float[Tensor, "d_in d_sae"]
-    centre: Float[Tensor, " d_in"] | None
-    """What was subtracted of `x`, if that alone of the two has a gradient."""
-    bias: Float[Tensor, " d_sae"]
+from sae_lens_e2e.architectures.csr import with_values
+from sae_lens_e2e.architectures.encoding import Encoding
 
 
 @dataclass(frozen=True)
@@ -40,11 +30,7 @@ class ActiveFeatures:
 
         No entry that is off gets any.
         """
-        if isinstance(source, Encoding):
-            x, centre = (source.x, None) if source.centre is None else (source.x.detach(), source.centre)
-            values: Any = _EncodedValues.apply(x, source.weights, source.bias, centre, csr)
-        else:
-            values = _Values.apply(source, csr)
+        values: Any = source.values_of(csr) if isinstance(source, Encoding) else _Values.apply(source, csr)
         return cls(csr, values)
 
 
@@ -57,39 +43,4 @@ class _Values(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _with_values(ctx.csr, grads[0]).to_dense(), None
-
-
-class _EncodedValues(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Float[Tensor, "tokens d_in"],
-        weights: Float[Tensor, "d_in d_sae"],
-        bias: Float[Tensor, " d_sae"],  # noqa: ARG004
-        centre: Float[Tensor, " d_in"] | None,  # noqa: ARG004
-        csr: Tensor,
-    ) -> Float[Tensor, " n_active"]:
-        """`x` is less `centre` already."""
-        ctx.csr = csr
-        ctx.save_for_backward(x, weights)
-        return csr.values().clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,), (x, weights) = grads, ctx.saved_tensors
-        wants_x, wants_weights, _, wants_centre, _ = ctx.needs_input_grad
-        of_features = _with_values(ctx.csr, grad)
-        of_bias = grad.new_zeros(weights.shape[1]).index_add_(0, ctx.csr.col_indices(), grad)
-        return (
-            times(of_features, weights.T) if wants_x else None,
-            times_transposed(x, of_features) if wants_weights else None,
-            of_bias,
-            -(weights @ of_bias) if wants_centre else None,
-            None,
-        )
-
-
-def _with_values(csr: Tensor, values: Tensor) -> Tensor:
-    return csr_with(csr.crow_indices(), csr.col_indices(), values, csr.shape)
+        return with_values(ctx.csr, grads[0]).to_dense(), None

@@ -41,10 +41,9 @@ def places(features: Tensor) -> tuple[Tensor, Tensor]:
     return torch.repeat_interleave(torch.arange(len(features)), features.crow_indices().diff()), features.col_indices()
 
 
-def csr_with(starts: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """A CSR matrix that is known to be one."""
-    _say_nothing_of_beta()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+def with_values(csr: Tensor, values: Tensor) -> Tensor:
+    """A CSR matrix with other values in the same places."""
+    return _csr(csr.crow_indices(), csr.col_indices(), values, csr.shape)
 
 
 def times(features: Tensor, x: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -67,7 +66,13 @@ def _sorted_csr(rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size
     """A CSR matrix of entries that are sorted by row."""
     starts = torch.zeros(shape[0] + 1, dtype=torch.long)
     torch.cumsum(torch.bincount(rows, minlength=shape[0]), 0, out=starts[1:])
-    return csr_with(starts, columns, values, shape)
+    return _csr(starts, columns, values, shape)
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """A CSR matrix that is known to be one."""
+    _say_nothing_of_beta()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 @cache

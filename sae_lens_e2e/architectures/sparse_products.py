@@ -5,7 +5,6 @@ SAE's work. SAELens' own classes are left as they are: while one runs its traini
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from sae_lens_e2e.architectures.active_features import ActiveFeatures, Encoding
-from sae_lens_e2e.architectures.csr import as_csr_if_few, times, times_transposed, transposed
+from sae_lens_e2e.architectures.active_features import ActiveFeatures
+from sae_lens_e2e.architectures.csr import as_csr_if_few, times, transposed
+from sae_lens_e2e.architectures.encoding import EncoderProduct, Encoding, formed
 from sae_lens_e2e.architectures.row_norms import is_row_norms, row_norms
 from sae_lens_e2e.architectures.weighted_features import WeightedFeatures
 
@@ -70,13 +70,12 @@ class SparseProducts(TorchFunctionMode):
         self.zero_where_off = zero_where_off
         # The last centre that was subtracted of what has no gradient itself, and what is left.
         self._centred: _Made | None = None
-        # The last product of an encoder, which a bias is added to; and how what that makes came about.
+        # How the last pre-activations came about.
         self._encoded: _Made | None = None
-        self._biased: _Made | None = None
         # What went into the last ReLU, and what came out of it.
         self._rectified: _Made | None = None
-        # The features that were decoded last, if they are few, and those that are on.
-        self._decoded: tuple[Tensor, ActiveFeatures] | None = None
+        # Those that are on of the features that were decoded last, if they are few.
+        self._decoded: _Made | None = None
 
     @classmethod
     def of(cls, cfg: TrainingSAEConfig) -> "SparseProducts":
@@ -85,74 +84,58 @@ class SparseProducts(TorchFunctionMode):
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if EncoderProduct in types:
+            encoding = args[0].with_bias(args[1]) if func in _SUMS and not kwargs else None
+            if encoding is not None:
+                self._encoded = _Made.of(encoding, encoding.pre_activations())
+                return self._encoded.result
+            args, kwargs = formed((args, kwargs))
         if func in _MATMULS and not kwargs and _pays(*args):
             return self._product(*args)
         if func in _PRODUCTS and not kwargs and self._weighs_decoded(*args):
             assert self._decoded is not None
-            return WeightedFeatures(args[0], args[1], self._decoded[1])
+            return WeightedFeatures(args[0], args[1], self._decoded.source)
         if is_row_norms(func, args, kwargs) and len(args[0]) >= MIN_FEATURES:
             return row_norms(args[0])
-        found = func(*args, **(kwargs or {}))
+        found = func(*args, **kwargs)
         if func in _DIFFERENCES and not kwargs and _is_centring(*args):
             self._centred = _Made.of(args[1], found)
-        if func in _SUMS and not kwargs and self._is_biasing(*args):
-            assert self._encoded is not None
-            self._biased = _Made.of(self._encoded.source(args[1]), found)
-            # Not to be held longer than whoever asked for it does.
-            self._encoded = None
-        if func in _RELUS and not any((kwargs or {}).values()):
+        if func in _RELUS and not any(kwargs.values()):
             self._rectified = _Made.of(args[0], found)
         return found
 
     @override
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        self._centred = self._encoded = self._biased = self._rectified = self._decoded = None
+        self._centred = self._encoded = self._rectified = self._decoded = None
         super().__exit__(exc_type, exc_val, exc_tb)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
         if left.shape[1] <= right.shape[1]:
-            return self._encode(left, right)
+            centre = self._centred.source if self._centred is not None and self._centred.still_is(left) else None
+            return EncoderProduct(Encoding(left, right, centre))
         csr = as_csr_if_few(left)
         if csr is None:
             return _Product.apply(left, right, None)  # pyright: ignore[reportReturnType]
         active = ActiveFeatures.of(self._source_of(left), csr)
-        self._decoded = left, active
+        self._decoded = _Made.of(active, left)
         if self.zero_where_off:
             return _Decode.apply(active.values, csr, right)  # pyright: ignore[reportReturnType]
         return _Product.apply(left, right, csr)  # pyright: ignore[reportReturnType]
 
-    def _encode(self, x: Tensor, weights: Tensor) -> Tensor:
-        centre = self._centred.source if self._centred is not None and self._centred.still_is(x) else None
-        found: Any = (
-            _Product.apply(x, weights, None) if centre is None else _CentredProduct.apply(centre, x.detach(), weights)
-        )
-        self._encoded = _Made.of(partial(Encoding, x, weights, centre), found)
-        return found
-
     def _source_of(self, features: Tensor) -> Tensor | Encoding:
         """Where the gradient of the features that are on can go at once: past a ReLU, and to what was encoded, unless somebody waits for it there."""
-        rectified, biased = self._rectified, self._biased
+        rectified, encoded = self._rectified, self._encoded
         if rectified is None or not rectified.still_is(features):
             return features
         pre: Tensor = rectified.source
         watched = pre._backward_hooks or pre.retains_grad
-        return biased.source if biased is not None and biased.still_is(pre) and not watched else pre
-
-    def _is_biasing(self, x: Any, bias: Any) -> bool:
-        """Whether the same is added to each row of what was encoded last."""
-        encoded = self._encoded
-        if encoded is None or not isinstance(bias, Tensor) or not encoded.still_is(x):
-            return False
-        return bias.shape == x.shape[1:] and bias.dtype == x.dtype
+        return encoded.source if encoded is not None and encoded.still_is(pre) and not watched else pre
 
     def _weighs_decoded(self, features: Any, weights: Any) -> bool:
-        return (
-            self._decoded is not None
-            and features is self._decoded[0]
-            and isinstance(weights, Tensor)
-            and weights.ndim == 1
-        )
+        decoded = self._decoded
+        return decoded is not None and decoded.still_is(features) and isinstance(weights, Tensor) and weights.ndim == 1
 
 
 def _is_centring(x: Any, centre: Any) -> bool:
@@ -200,7 +183,7 @@ class _Decode(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """A product whose gradients are over active features: of those it was given, or of those it made."""
+    """A product of features, whose gradient is over those that are on, if they are few."""
 
     @staticmethod
     def forward(
@@ -219,37 +202,4 @@ class _Product(torch.autograd.Function):
         if ctx.features is not None:
             of_left = grad @ right.T if wants_left else None
             return of_left, times(transposed(ctx.features), grad) if wants_right else None, None
-        features = as_csr_if_few(grad) if grad.shape[1] > left.shape[1] else None
-        of_right = _of_right(left, grad, features) if wants_right else None
-        if features is None:
-            return grad @ right.T if wants_left else None, of_right, None
-        return times(features, right.T) if wants_left else None, of_right, None
-
-
-class _CentredProduct(torch.autograd.Function):
-    """A product of activations less a centre, such as a decoder's bias, that alone of the two is trained: one row of gradient, not one a token."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        centre: Float[Tensor, " k"],  # noqa: ARG004
-        centred: Float[Tensor, "m k"],
-        right: Float[Tensor, "k n"],
-    ) -> Float[Tensor, "m n"]:
-        """`centred` is less `centre` already."""
-        ctx.save_for_backward(centred, right)
-        return centred @ right
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,), (centred, right) = grads, ctx.saved_tensors
-        wants_centre, _, wants_right = ctx.needs_input_grad
-        features = as_csr_if_few(grad)
-        of_right = _of_right(centred, grad, features) if wants_right else None
-        return -(right @ grad.sum(0)) if wants_centre else None, None, of_right
-
-
-def _of_right(left: Float[Tensor, "m k"], grad: Float[Tensor, "m n"], features: Tensor | None) -> Float[Tensor, "k n"]:
-    """The gradient of an encoder's weights; `features` is that of what it puts out, as CSR, if few of them have one."""
-    return left.T @ grad if features is None else times_transposed(left, features)
+        return grad @ right.T if wants_left else None, left.T @ grad if wants_right else None, None
