@@ -94,7 +94,7 @@ def test_a_grid_is_every_combination_within_each_mapping(tmp_path: Path) -> None
 
 
 PAPERS = {"local", "e2e", "e2e_ds"}
-WARM = {"local", "e2e_ds", "kl_mse", "warm_e2e_ds", "warm_kl_mse"}
+WARM = {"local", "e2e", "e2e_ds", "kl_mse", "warm_e2e", "warm_e2e_ds", "warm_kl_mse"}
 EXAMPLES = {
     "pareto": PAPERS,
     "stories260k": PAPERS,
