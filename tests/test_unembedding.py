@@ -507,3 +507,14 @@ def test_peak_memory_is_a_few_chunks() -> None:
     assert growth["and one logits tensor"] > 0.95 * one_logits_tensor  # the measurement sees what it should
     assert growth["linear"] < 100e6
     assert growth["module"] < 150e6
+
+
+def test_the_kl_of_single_precision_is_that_of_double() -> None:
+    """Where logits are large and distributions close, so that what is summed is small beside what it is the difference of."""
+    generator = torch.Generator().manual_seed(0)
+    clean = 6 * torch.randn(40, 3000, generator=generator)
+    spliced = clean + 0.3 * torch.randn(40, 3000, generator=generator)
+    # The logits themselves, so that no product rounds them.
+    found = float(linear_kl(spliced, clean, torch.eye(3000)))
+    log_p, log_q = clean.double().log_softmax(-1), spliced.double().log_softmax(-1)
+    assert found == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=8e-7)
