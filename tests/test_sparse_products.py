@@ -211,6 +211,28 @@ def test_features_that_were_changed_since_they_were_decoded_have_the_penalty_of_
     torch.testing.assert_close(found, (features * sae.W_dec.norm(dim=1)).norm(p=1, dim=-1), rtol=1e-12, atol=1e-12)
 
 
+class Doubled(torch.autograd.Function):
+    """What an architecture of somebody else's may do to a product at once, without a bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0] * 2
+
+
+def test_an_autograd_function_of_an_architecture_that_is_not_known_has_its_gradient() -> None:
+    gradients: list[tuple[Tensor, ...]] = []
+    for products in (SparseProducts(False), nullcontext()):
+        sae, x = make_sae("standard"), torch.ones(N_TOKENS, D_IN, dtype=torch.float64) / 3
+        with products:
+            out: Any = Doubled.apply(x @ sae.W_enc)
+        gradients.append(torch.autograd.grad((out**2).sum(), sae.W_enc))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("of_x", [True, False])
 def test_a_centre_has_a_row_of_gradient_where_it_alone_has_one(of_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor | None] = []

@@ -114,7 +114,9 @@ class SparseProducts(TorchFunctionMode):
         # Features are on the wide side: on the left where they are decoded, on the right where they are encoded.
         if left.shape[1] <= right.shape[1]:
             centre = self._centred.source if self._centred is not None and self._centred.still_is(left) else None
-            return EncoderProduct(Encoding(left, right, centre))
+            encoding = Encoding(left, right, centre)
+            # An architecture that we do not know may hand it to an autograd function of its own, which asks for its graph.
+            return EncoderProduct(encoding) if self.zero_where_off else encoding.pre_activations()
         csr = as_csr_if_few(left)
         if csr is None:
             return _Product.apply(left, right, None)  # pyright: ignore[reportReturnType]

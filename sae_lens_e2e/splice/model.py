@@ -331,6 +331,8 @@ class SplicedModel:
     @torch.no_grad()
     def _blocks_can_stand_in(self) -> bool:
         """Whether the model computes the same to the last bit when all blocks, or all but the last, stand in."""
+        if not self._blocks:
+            return False
         left: dict[nn.Module, Any] = {}
         many = [self._blocks[:n] for n in (len(self._blocks) - 1, len(self._blocks)) if n > 0]
         keep = [
@@ -352,7 +354,7 @@ class SplicedModel:
                 return False
             if final is None or again is None or not torch.equal(final, again):
                 return False
-        return bool(self._blocks)
+        return True
 
     @torch.no_grad()
     def _outputs_at_inputs(self) -> dict[nn.Module, nn.Module]:
